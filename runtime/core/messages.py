@@ -1,0 +1,626 @@
+"""Everything that processes, nodes, shards and the placement machine say to each other.
+
+Messages are batched by nature: one carries many tasks, one frame carries many messages. They are frozen; in
+simulation the same objects travel, unencoded. Addresses:
+
+- ``"n:<hex>"``            the machine of a node
+- ``"n:<hex>/<number>"``   a process (driver or worker) attached to that node
+- ``"placement"``          the global placement machine
+- ``"control/<shard>"``    a shard of the control store
+"""
+
+from enum import IntEnum
+
+import msgspec
+
+from trio_ray.runtime.core.spec import Resources, TaskSpec, TaskTemplate
+
+Address = str
+
+PLACEMENT: Address = "placement"
+
+
+def control_address(shard: int) -> Address:
+    """The address of a control-store shard."""
+    return f"control/{shard}"
+
+
+def node_of(address: Address) -> Address:
+    """The node that a process belongs to; a node's own address unchanged."""
+    return address.partition("/")[0]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
+    """Base of all messages; on the wire an array whose first item is the class's name."""
+
+
+class Where(IntEnum):
+    """Where an object's bytes are, as told to one process."""
+
+    INLINE = 0
+    """In ``payload``."""
+    SHARED = 1
+    """In the node's arena, at ``offset``; pinned for this process until it says ``Unpin``."""
+    ELSEWHERE = 2
+    """On another node, or not told: the object exists, its bytes were not asked for."""
+    STREAMED = 3
+    """About to arrive as data frames of transfer ``offset`` (a process that shares no memory with the node)."""
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An object that is ready, and how to read it."""
+
+    object_id: bytes
+    where: Where = Where.INLINE
+    payload: bytes = b""
+    offset: int = 0
+    size: int = 0
+    """In bytes; of the payload when inline."""
+    error: bool = False
+    """The value is an error: the task that should have made it failed. Always inline."""
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One value a worker made: inline, or sealed in the arena at ``offset`` (-1: inline)."""
+
+    payload: bytes = b""
+    offset: int = -1
+    size: int = 0
+    contained: tuple[bytes, ...] = ()
+    """References inside the value: alive while it is."""
+
+
+class Status(IntEnum):
+    """How a task ended."""
+
+    OK = 0
+    ERROR = 1
+    """The user's function raised, or its input was an error; each output carries it."""
+    RETRYABLE = 2
+    """It raised an exception that its options say to try again."""
+    CANCELLED = 3
+
+
+class TaskResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of one task."""
+
+    task_id: bytes
+    status: Status
+    outputs: tuple[Output, ...]
+    started_at: float = 0.0
+    duration_s: float = 0.0
+    spawned: bool = False
+    """It submitted tasks of its own, which may still run in its scope."""
+
+
+class Function(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An entry of the function table (paper, figure 5)."""
+
+    function_id: bytes
+    name: str
+    pickled: bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# process -> node
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SubmitTasks(Message):
+    """Run these. Templates and functions stand here the first time this link needs them."""
+
+    specs: list[TaskSpec]
+    templates: list[TaskTemplate] = []
+    functions: list[Function] = []
+
+
+class PutObjects(Message):
+    """Small objects, by value."""
+
+    objects: list[tuple[bytes, bytes, tuple[bytes, ...]]]
+    """``(object_id, payload, contained references)``."""
+
+
+class CreateObject(Message):
+    """Asks for ``size`` bytes of the arena; answered by ``ObjectCreated`` or ``CreateFailed``."""
+
+    object_id: bytes
+    size: int
+
+
+class SealObjects(Message):
+    """These created objects are written and immutable from now on."""
+
+    objects: list[tuple[bytes, tuple[bytes, ...]]]
+    """``(object_id, contained references)``."""
+
+
+class AbortObjects(Message):
+    """These created objects will not be written."""
+
+    object_ids: list[bytes]
+
+
+class WaitObjects(Message):
+    """Tell me when these are ready; with ``fetch``, bring them to this node first."""
+
+    object_ids: list[bytes]
+    fetch: bool = True
+
+
+class References(Message):
+    """This process now holds its first reference to these, and dropped its last to those (added counts first).
+
+    The submitter of a task, and whoever puts an object, holds a reference from the start without saying so.
+    """
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
+class Unpin(Message):
+    """This process no longer reads these from the arena (one entry an earlier ``SHARED`` value)."""
+
+    object_ids: list[bytes]
+
+
+class CancelTasks(Message):
+    """Cancel these; ``force`` kills the worker, ``recursive`` cancels what they started too."""
+
+    task_ids: list[bytes]
+    force: bool = False
+    recursive: bool = True
+
+
+class CancelScope(Message):
+    """Cancel everything in this scope and the scopes within, on every node."""
+
+    scope: bytes
+
+
+class KillActor(Message):
+    """End an actor's process now; ``no_restart`` for good."""
+
+    actor_id: bytes
+    no_restart: bool = True
+
+
+class ActorHandles(Message):
+    """This process now holds its first handle of these actors, and dropped its last of those.
+
+    The creator holds one from the start without saying so.
+    """
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
+class Query(Message):
+    """Ask for a view of the cluster; answered by ``Answer`` with the same number.
+
+    Subjects: ``nodes``, ``resources``, ``actor`` (argument ``namespace/name``), ``actors``, ``tasks``, ``objects``,
+    ``node`` (this node's own counters), ``timeline``.
+    """
+
+    number: int
+    subject: str
+    argument: str = ""
+
+
+# worker -> node
+
+
+class TasksDone(Message):
+    """Results, in the order in which the tasks ended."""
+
+    results: list[TaskResult]
+
+
+class ReturnTasks(Message):
+    """A worker gives back tasks it has not begun: asked to (``TakeBack``), or because it is about to block."""
+
+    task_ids: list[bytes]
+
+
+class Blocked(Message):
+    """The running task waits for objects (True): its CPU may be given away; or goes on (False)."""
+
+    blocked: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# node -> process
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ObjectsReady(Message):
+    """Objects this process waits for, or whose tasks it submitted."""
+
+    values: list[Value]
+
+
+class ObjectCreated(Message):
+    """Write at ``offset`` of the arena, then seal; without shared memory, send data frames of ``transfer``."""
+
+    object_id: bytes
+    offset: int
+    transfer: int = 0
+
+
+class CreateFailed(Message):
+    """No room: a sentence that says why."""
+
+    object_id: bytes
+    reason: str
+
+
+class RunTasks(Message):
+    """Run these in order. ``inputs`` holds the value of every input of every spec, once."""
+
+    specs: list[TaskSpec]
+    inputs: list[Value] = []
+    templates: list[TaskTemplate] = []
+    functions: list[Function] = []
+
+
+class TakeBack(Message):
+    """Give back those of these tasks that have not begun (``ReturnTasks`` says which)."""
+
+    task_ids: list[bytes]
+
+
+class Interrupt(Message):
+    """End these running tasks: KeyboardInterrupt in a plain function, ``trio.Cancelled`` in an async one."""
+
+    task_ids: list[bytes]
+
+
+class Answer(Message):
+    """The answer to a ``Query``: a msgpack-encoded plain value, or an error's sentence."""
+
+    number: int
+    body: bytes
+    error: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# node <-> placement
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class NodeInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row of the node table."""
+
+    node: Address
+    host: str
+    """Where its transport listens (``tcp://host:port``); empty in simulation."""
+    resources: Resources
+    labels: tuple[tuple[str, str], ...] = ()
+    alive: bool = True
+    store_bytes: int = 0
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a heartbeat says of a node (paper, section 4.2.2)."""
+
+    queued: int
+    """Tasks assigned to the node and not yet running."""
+    running: int
+    available: Resources
+    mean_task_s: float
+    """Exponential average over all tasks; 0 when none has ended yet."""
+    bandwidth_bytes_per_s: float = 0.0
+    """Exponential average over transfers into the node; 0 when unknown."""
+    store_used: int = 0
+
+
+class Heartbeat(Message):
+    """A node's load; sent when it changes, and at least once a period."""
+
+    load: Load
+
+
+class PlaceTasks(Message):
+    """Choose nodes for these. Templates always stand here once a batch."""
+
+    specs: list[TaskSpec]
+    templates: list[TaskTemplate]
+
+
+class TasksPlaced(Message):
+    """To the forwarding node: where its tasks went."""
+
+    node: Address
+    task_ids: list[bytes]
+
+
+class TasksUnplaceable(Message):
+    """To the forwarding node: no node can ever run these; ``reason`` is a sentence for the user."""
+
+    task_ids: list[bytes]
+    reason: str
+
+
+class AssignTasks(Message):
+    """To the chosen node: run these; ``origin`` (the forwarding node) gets ``TasksFinished``."""
+
+    origin: Address
+    specs: list[TaskSpec]
+    templates: list[TaskTemplate]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# node <-> node
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class CallActors(Message):
+    """Actor calls for actors that live on the receiving node; as ``AssignTasks`` otherwise."""
+
+    origin: Address
+    specs: list[TaskSpec]
+    templates: list[TaskTemplate]
+
+
+class CallsRefused(Message):
+    """The actors of these calls do not live here (any more): look them up again."""
+
+    task_ids: list[bytes]
+
+
+class TasksFinished(Message):
+    """Results of tasks that ran for another node; outputs larger than inline stay there (``offset`` set)."""
+
+    results: list[TaskResult]
+
+
+class PullObject(Message):
+    """Send me this object into my transfer ``transfer``; answered by data frames, ``PulledInline`` or ``PullFailed``."""
+
+    object_id: bytes
+    transfer: int
+
+
+class PulledInline(Message):
+    """The answer to ``PullObject`` for an object small enough to travel by value."""
+
+    transfer: int
+    value: Value
+
+
+class PullFailed(Message):
+    """The object is not here (any more)."""
+
+    transfer: int
+    object_id: bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# node <-> control store
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class RegisterNode(Message):
+    """A node joins; answered by ``NodesChanged`` with all nodes."""
+
+    info: NodeInfo
+
+
+class NodesChanged(Message):
+    """Published to every node and to placement: new or changed rows of the node table."""
+
+    nodes: list[NodeInfo]
+
+
+class PutFunctions(Message):
+    """Rows for the function table; a row that exists stays."""
+
+    functions: list[Function]
+
+
+class GetFunctions(Message):
+    """Asks for rows of the function table; answered by ``Functions``, at once or when they arrive."""
+
+    function_ids: list[bytes]
+
+
+class Functions(Message):
+    """Rows of the function table."""
+
+    functions: list[Function]
+
+
+class ObjectUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One change of an object-table row."""
+
+    object_id: bytes
+    size: int
+    """In bytes; -1: this node dropped its copy."""
+    contained: tuple[bytes, ...] = ()
+
+
+class ObjectsChanged(Message):
+    """The sending node has (or dropped) copies of these objects."""
+
+    updates: list[ObjectUpdate]
+
+
+class LocateObjects(Message):
+    """Where are these? Answered by ``ObjectsLocated`` now for those that exist, later for the others (the callback
+    of the paper's figure 7b), once."""
+
+    object_ids: list[bytes]
+
+
+class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row of the object table, as told to a node."""
+
+    object_id: bytes
+    size: int
+    nodes: tuple[Address, ...]
+
+
+class ObjectsLocated(Message):
+    """Rows of the object table."""
+
+    locations: list[Location]
+
+
+class HoldObjects(Message):
+    """The sending node holds references to ``added`` and no longer to ``removed``; acknowledged by ``HoldsCounted``."""
+
+    number: int
+    added: list[bytes]
+    removed: list[bytes]
+
+
+class HoldsCounted(Message):
+    """All of ``HoldObjects`` up to this number is counted."""
+
+    number: int
+
+
+class FreeObjects(Message):
+    """Nobody refers to these any more: drop every copy."""
+
+    object_ids: list[bytes]
+
+
+class TaskRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row of the task table: the lineage, and the state."""
+
+    spec: TaskSpec
+    node: Address
+    status: int
+    """-1 while it is not done, then a ``Status``."""
+
+
+class LogTasks(Message):
+    """Rows for the task table; ``templates`` those not yet logged by this node."""
+
+    records: list[TaskRecord]
+    templates: list[TaskTemplate]
+
+
+class ForgetTasks(Message):
+    """The lineage of these tasks can no longer be needed."""
+
+    task_ids: list[bytes]
+
+
+class TaskEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One line of the event log: a task's life, times in seconds on the cluster's clock."""
+
+    task_id: bytes
+    name: str
+    process: Address
+    submitted_at: float
+    dispatched_at: float
+    started_at: float
+    ended_at: float
+    status: int
+    reason: str = ""
+    """Why the policy placed it here."""
+
+
+class LogEvents(Message):
+    """Rows for the event log, which keeps the newest."""
+
+    events: list[TaskEvent]
+
+
+class ActorState(IntEnum):
+    """The life of an actor."""
+
+    PENDING = 0
+    ALIVE = 1
+    RESTARTING = 2
+    DEAD = 3
+
+
+class ActorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row of the actor table."""
+
+    actor_id: bytes
+    name: str
+    """``namespace/name``, or empty."""
+    class_name: str
+    state: ActorState
+    node: Address = ""
+    owner: Address = ""
+    """The node that forwarded its creation and restarts it."""
+    reason: str = ""
+    """Why it is dead."""
+    creation: TaskSpec | None = None
+    template: TaskTemplate | None = None
+
+
+class UpdateActors(Message):
+    """New or changed rows of the actor table."""
+
+    actors: list[ActorInfo]
+
+
+class WatchActors(Message):
+    """Tell me the rows of these, now and whenever they change."""
+
+    actor_ids: list[bytes]
+
+
+class ActorsChanged(Message):
+    """Rows of the actor table, to those who watch them."""
+
+    actors: list[ActorInfo]
+
+
+class HoldActors(Message):
+    """The sending node holds handles of ``added`` and none any more of ``removed``."""
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
+class ActorsReleased(Message):
+    """To an actor's node: nobody holds a handle of these any more; end them when their calls are done."""
+
+    actor_ids: list[bytes]
+
+
+class PublishCancel(Message):
+    """Published to every node: ``scopes`` and ``task_ids`` are cancelled."""
+
+    scopes: list[bytes]
+    task_ids: list[bytes]
+    force: bool = False
+    recursive: bool = True
+
+
+class ControlQuery(Message):
+    """A ``Query`` passed on by a node for one of its processes."""
+
+    process: Address
+    number: int
+    subject: str
+    argument: str = ""
+
+
+class ControlAnswer(Message):
+    """The answer to a ``ControlQuery``."""
+
+    process: Address
+    number: int
+    body: bytes
+    error: str = ""
+
+
+AnyMessage = (
+    SubmitTasks | PutObjects | CreateObject | SealObjects | AbortObjects | WaitObjects | References | Unpin
+    | CancelTasks | CancelScope | KillActor | ActorHandles | Query | TasksDone | ReturnTasks | Blocked | ObjectsReady
+    | ObjectCreated | CreateFailed | RunTasks | TakeBack | Interrupt | Answer | Heartbeat | PlaceTasks | TasksPlaced
+    | TasksUnplaceable | AssignTasks | CallActors | CallsRefused | TasksFinished | PullObject | PulledInline
+    | PullFailed | RegisterNode | NodesChanged | PutFunctions | GetFunctions | Functions | ObjectsChanged
+    | LocateObjects | ObjectsLocated | HoldObjects | HoldsCounted | FreeObjects | LogTasks | ForgetTasks | LogEvents
+    | UpdateActors | WatchActors | ActorsChanged | HoldActors | ActorsReleased | PublishCancel | ControlQuery
+    | ControlAnswer
+)  # fmt: skip
+"""Every message, for decoders."""
