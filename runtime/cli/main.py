@@ -1,0 +1,5 @@
+"""The ``trio-ray`` command."""
+
+
+def run() -> None:
+    """Entry point of the ``trio-ray`` script."""
