@@ -13,7 +13,7 @@ class Effect(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """Base of all effects."""
 
 
-class Send(Effect):
+class Send(Effect, frozen=True):
     """Deliver ``message`` to ``to``, in order with what was sent to ``to`` before; lost only with the link.
 
     ``to`` may be a process of this node, another node's machine, or a machine hosted by this very process.
@@ -23,7 +23,7 @@ class Send(Effect):
     message: AnyMessage
 
 
-class SendBytes(Effect):
+class SendBytes(Effect, frozen=True):
     """Send ``size`` bytes of the arena from ``offset`` as data frames of ``transfer`` to a node or process.
 
     The shell cuts them into chunks and reports ``BytesSent`` when the last has left.
@@ -35,7 +35,7 @@ class SendBytes(Effect):
     size: int
 
 
-class OpenWindow(Effect):
+class OpenWindow(Effect, frozen=True):
     """Data frames of ``transfer`` from ``source`` go to the arena at ``offset``; ``size`` bytes are expected.
 
     The shell reports ``WindowFilled`` when all have arrived. Frames of a transfer without a window are dropped.
@@ -47,32 +47,32 @@ class OpenWindow(Effect):
     size: int
 
 
-class CloseWindow(Effect):
+class CloseWindow(Effect, frozen=True):
     """No longer expect data of this transfer."""
 
     transfer: int
 
 
-class SetTimer(Effect):
+class SetTimer(Effect, frozen=True):
     """Report ``TimerFired(key)`` at time ``at``; replaces an earlier timer of this key."""
 
     key: str
     at: float
 
 
-class CancelTimer(Effect):
+class CancelTimer(Effect, frozen=True):
     """Forget the timer of this key, if there is one."""
 
     key: str
 
 
-class StartWorker(Effect):
+class StartWorker(Effect, frozen=True):
     """Start one worker process; it appears as ``ProcessConnected`` with role ``worker`` and this number."""
 
     number: int
 
 
-class StopWorker(Effect):
+class StopWorker(Effect, frozen=True):
     """End a worker: ask it to leave, or with ``kill`` end it at once. ``ProcessLost`` follows."""
 
     process: Address

@@ -23,20 +23,20 @@ class Event(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """Base of all events."""
 
 
-class Received(Event):
+class Received(Event, frozen=True):
     """A message arrived."""
 
     source: Address
     message: AnyMessage
 
 
-class TimerFired(Event):
+class TimerFired(Event, frozen=True):
     """The time asked for by ``SetTimer`` has come."""
 
     key: str
 
 
-class ProcessConnected(Event):
+class ProcessConnected(Event, frozen=True):
     """A driver or worker of this node authenticated and may be spoken to."""
 
     process: Address
@@ -49,7 +49,7 @@ class ProcessConnected(Event):
     """Whether it maps the node's arena."""
 
 
-class ProcessLost(Event):
+class ProcessLost(Event, frozen=True):
     """A driver or worker is gone: its link closed or its process ended."""
 
     process: Address
@@ -57,27 +57,27 @@ class ProcessLost(Event):
     """How it ended, as a person would say it: ``exit code 1``, ``killed by SIGKILL``; empty for a clean leave."""
 
 
-class WorkerFailed(Event):
+class WorkerFailed(Event, frozen=True):
     """A worker asked for by ``StartWorker`` ended before it connected."""
 
     number: int
     reason: str
 
 
-class PeerLost(Event):
+class PeerLost(Event, frozen=True):
     """The link to another node closed or could not be made; messages under way to it may be lost."""
 
     peer: Address
     reason: str = ""
 
 
-class WindowFilled(Event):
+class WindowFilled(Event, frozen=True):
     """All bytes of a transfer have arrived in the arena."""
 
     transfer: int
 
 
-class BytesSent(Event):
+class BytesSent(Event, frozen=True):
     """A ``SendBytes`` left this node; the arena range may be reused."""
 
     transfer: int

@@ -106,7 +106,7 @@ class Function(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class SubmitTasks(Message):
+class SubmitTasks(Message, frozen=True):
     """Run these. Templates and functions stand here the first time this link needs them."""
 
     specs: list[TaskSpec]
@@ -114,41 +114,41 @@ class SubmitTasks(Message):
     functions: list[Function] = []
 
 
-class PutObjects(Message):
+class PutObjects(Message, frozen=True):
     """Small objects, by value."""
 
     objects: list[tuple[bytes, bytes, tuple[bytes, ...]]]
     """``(object_id, payload, contained references)``."""
 
 
-class CreateObject(Message):
+class CreateObject(Message, frozen=True):
     """Asks for ``size`` bytes of the arena; answered by ``ObjectCreated`` or ``CreateFailed``."""
 
     object_id: bytes
     size: int
 
 
-class SealObjects(Message):
+class SealObjects(Message, frozen=True):
     """These created objects are written and immutable from now on."""
 
     objects: list[tuple[bytes, tuple[bytes, ...]]]
     """``(object_id, contained references)``."""
 
 
-class AbortObjects(Message):
+class AbortObjects(Message, frozen=True):
     """These created objects will not be written."""
 
     object_ids: list[bytes]
 
 
-class WaitObjects(Message):
+class WaitObjects(Message, frozen=True):
     """Tell me when these are ready; with ``fetch``, bring them to this node first."""
 
     object_ids: list[bytes]
     fetch: bool = True
 
 
-class References(Message):
+class References(Message, frozen=True):
     """This process now holds its first reference to these, and dropped its last to those (added counts first).
 
     The submitter of a task, and whoever puts an object, holds a reference from the start without saying so.
@@ -158,13 +158,13 @@ class References(Message):
     removed: list[bytes]
 
 
-class Unpin(Message):
+class Unpin(Message, frozen=True):
     """This process no longer reads these from the arena (one entry an earlier ``SHARED`` value)."""
 
     object_ids: list[bytes]
 
 
-class CancelTasks(Message):
+class CancelTasks(Message, frozen=True):
     """Cancel these; ``force`` kills the worker, ``recursive`` cancels what they started too."""
 
     task_ids: list[bytes]
@@ -172,20 +172,20 @@ class CancelTasks(Message):
     recursive: bool = True
 
 
-class CancelScope(Message):
+class CancelScope(Message, frozen=True):
     """Cancel everything in this scope and the scopes within, on every node."""
 
     scope: bytes
 
 
-class KillActor(Message):
+class KillActor(Message, frozen=True):
     """End an actor's process now; ``no_restart`` for good."""
 
     actor_id: bytes
     no_restart: bool = True
 
 
-class ActorHandles(Message):
+class ActorHandles(Message, frozen=True):
     """This process now holds its first handle of these actors, and dropped its last of those.
 
     The creator holds one from the start without saying so.
@@ -195,7 +195,7 @@ class ActorHandles(Message):
     removed: list[bytes]
 
 
-class Query(Message):
+class Query(Message, frozen=True):
     """Ask for a view of the cluster; answered by ``Answer`` with the same number.
 
     Subjects: ``nodes``, ``resources``, ``actor`` (argument ``namespace/name``), ``actors``, ``tasks``, ``objects``,
@@ -210,19 +210,19 @@ class Query(Message):
 # worker -> node
 
 
-class TasksDone(Message):
+class TasksDone(Message, frozen=True):
     """Results, in the order in which the tasks ended."""
 
     results: list[TaskResult]
 
 
-class ReturnTasks(Message):
+class ReturnTasks(Message, frozen=True):
     """A worker gives back tasks it has not begun: asked to (``TakeBack``), or because it is about to block."""
 
     task_ids: list[bytes]
 
 
-class Blocked(Message):
+class Blocked(Message, frozen=True):
     """The running task waits for objects (True): its CPU may be given away; or goes on (False)."""
 
     blocked: bool
@@ -233,13 +233,13 @@ class Blocked(Message):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class ObjectsReady(Message):
+class ObjectsReady(Message, frozen=True):
     """Objects this process waits for, or whose tasks it submitted."""
 
     values: list[Value]
 
 
-class ObjectCreated(Message):
+class ObjectCreated(Message, frozen=True):
     """Write at ``offset`` of the arena, then seal; without shared memory, send data frames of ``transfer``."""
 
     object_id: bytes
@@ -247,14 +247,14 @@ class ObjectCreated(Message):
     transfer: int = 0
 
 
-class CreateFailed(Message):
+class CreateFailed(Message, frozen=True):
     """No room: a sentence that says why."""
 
     object_id: bytes
     reason: str
 
 
-class RunTasks(Message):
+class RunTasks(Message, frozen=True):
     """Run these in order. ``inputs`` holds the value of every input of every spec, once."""
 
     specs: list[TaskSpec]
@@ -263,19 +263,19 @@ class RunTasks(Message):
     functions: list[Function] = []
 
 
-class TakeBack(Message):
+class TakeBack(Message, frozen=True):
     """Give back those of these tasks that have not begun (``ReturnTasks`` says which)."""
 
     task_ids: list[bytes]
 
 
-class Interrupt(Message):
+class Interrupt(Message, frozen=True):
     """End these running tasks: KeyboardInterrupt in a plain function, ``trio.Cancelled`` in an async one."""
 
     task_ids: list[bytes]
 
 
-class Answer(Message):
+class Answer(Message, frozen=True):
     """The answer to a ``Query``: a msgpack-encoded plain value, or an error's sentence."""
 
     number: int
@@ -312,41 +312,48 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     bandwidth_bytes_per_s: float = 0.0
     """Exponential average over transfers into the node; 0 when unknown."""
     store_used: int = 0
+    actors: int = 0
+    """Actors that live here."""
+    assigned: int = -1
+    """How many tasks placement ever assigned to this node (``AssignTasks`` specs received): tells placement which of
+    its decisions this load already shows. -1: not counted."""
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """A node's load; sent when it changes, and at least once a period."""
 
     load: Load
 
 
-class PlaceTasks(Message):
+class PlaceTasks(Message, frozen=True):
     """Choose nodes for these. Templates always stand here once a batch."""
 
     specs: list[TaskSpec]
     templates: list[TaskTemplate]
 
 
-class TasksPlaced(Message):
+class TasksPlaced(Message, frozen=True):
     """To the forwarding node: where its tasks went."""
 
     node: Address
     task_ids: list[bytes]
 
 
-class TasksUnplaceable(Message):
+class TasksUnplaceable(Message, frozen=True):
     """To the forwarding node: no node can ever run these; ``reason`` is a sentence for the user."""
 
     task_ids: list[bytes]
     reason: str
 
 
-class AssignTasks(Message):
+class AssignTasks(Message, frozen=True):
     """To the chosen node: run these; ``origin`` (the forwarding node) gets ``TasksFinished``."""
 
     origin: Address
     specs: list[TaskSpec]
     templates: list[TaskTemplate]
+    reason: str = ""
+    """Why the policy chose the node, for ``TaskEvent.reason``."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -354,7 +361,7 @@ class AssignTasks(Message):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class CallActors(Message):
+class CallActors(Message, frozen=True):
     """Actor calls for actors that live on the receiving node; as ``AssignTasks`` otherwise."""
 
     origin: Address
@@ -362,33 +369,33 @@ class CallActors(Message):
     templates: list[TaskTemplate]
 
 
-class CallsRefused(Message):
+class CallsRefused(Message, frozen=True):
     """The actors of these calls do not live here (any more): look them up again."""
 
     task_ids: list[bytes]
 
 
-class TasksFinished(Message):
+class TasksFinished(Message, frozen=True):
     """Results of tasks that ran for another node; outputs larger than inline stay there (``offset`` set)."""
 
     results: list[TaskResult]
 
 
-class PullObject(Message):
-    """Send me this object into my transfer ``transfer``; answered by data frames, ``PulledInline`` or ``PullFailed``."""
+class PullObject(Message, frozen=True):
+    """Send me this object as my transfer ``transfer``; answered by data frames, ``PulledInline`` or ``PullFailed``."""
 
     object_id: bytes
     transfer: int
 
 
-class PulledInline(Message):
+class PulledInline(Message, frozen=True):
     """The answer to ``PullObject`` for an object small enough to travel by value."""
 
     transfer: int
     value: Value
 
 
-class PullFailed(Message):
+class PullFailed(Message, frozen=True):
     """The object is not here (any more)."""
 
     transfer: int
@@ -400,31 +407,31 @@ class PullFailed(Message):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class RegisterNode(Message):
+class RegisterNode(Message, frozen=True):
     """A node joins; answered by ``NodesChanged`` with all nodes."""
 
     info: NodeInfo
 
 
-class NodesChanged(Message):
+class NodesChanged(Message, frozen=True):
     """Published to every node and to placement: new or changed rows of the node table."""
 
     nodes: list[NodeInfo]
 
 
-class PutFunctions(Message):
+class PutFunctions(Message, frozen=True):
     """Rows for the function table; a row that exists stays."""
 
     functions: list[Function]
 
 
-class GetFunctions(Message):
+class GetFunctions(Message, frozen=True):
     """Asks for rows of the function table; answered by ``Functions``, at once or when they arrive."""
 
     function_ids: list[bytes]
 
 
-class Functions(Message):
+class Functions(Message, frozen=True):
     """Rows of the function table."""
 
     functions: list[Function]
@@ -439,13 +446,13 @@ class ObjectUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     contained: tuple[bytes, ...] = ()
 
 
-class ObjectsChanged(Message):
+class ObjectsChanged(Message, frozen=True):
     """The sending node has (or dropped) copies of these objects."""
 
     updates: list[ObjectUpdate]
 
 
-class LocateObjects(Message):
+class LocateObjects(Message, frozen=True):
     """Where are these? Answered by ``ObjectsLocated`` now for those that exist, later for the others (the callback
     of the paper's figure 7b), once."""
 
@@ -460,13 +467,13 @@ class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
     nodes: tuple[Address, ...]
 
 
-class ObjectsLocated(Message):
+class ObjectsLocated(Message, frozen=True):
     """Rows of the object table."""
 
     locations: list[Location]
 
 
-class HoldObjects(Message):
+class HoldObjects(Message, frozen=True):
     """The sending node holds references to ``added`` and no longer to ``removed``; acknowledged by ``HoldsCounted``."""
 
     number: int
@@ -474,13 +481,13 @@ class HoldObjects(Message):
     removed: list[bytes]
 
 
-class HoldsCounted(Message):
+class HoldsCounted(Message, frozen=True):
     """All of ``HoldObjects`` up to this number is counted."""
 
     number: int
 
 
-class FreeObjects(Message):
+class FreeObjects(Message, frozen=True):
     """Nobody refers to these any more: drop every copy."""
 
     object_ids: list[bytes]
@@ -495,14 +502,14 @@ class TaskRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """-1 while it is not done, then a ``Status``."""
 
 
-class LogTasks(Message):
+class LogTasks(Message, frozen=True):
     """Rows for the task table; ``templates`` those not yet logged by this node."""
 
     records: list[TaskRecord]
     templates: list[TaskTemplate]
 
 
-class ForgetTasks(Message):
+class ForgetTasks(Message, frozen=True):
     """The lineage of these tasks can no longer be needed."""
 
     task_ids: list[bytes]
@@ -523,7 +530,7 @@ class TaskEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why the policy placed it here."""
 
 
-class LogEvents(Message):
+class LogEvents(Message, frozen=True):
     """Rows for the event log, which keeps the newest."""
 
     events: list[TaskEvent]
@@ -555,38 +562,38 @@ class ActorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     template: TaskTemplate | None = None
 
 
-class UpdateActors(Message):
+class UpdateActors(Message, frozen=True):
     """New or changed rows of the actor table."""
 
     actors: list[ActorInfo]
 
 
-class WatchActors(Message):
+class WatchActors(Message, frozen=True):
     """Tell me the rows of these, now and whenever they change."""
 
     actor_ids: list[bytes]
 
 
-class ActorsChanged(Message):
+class ActorsChanged(Message, frozen=True):
     """Rows of the actor table, to those who watch them."""
 
     actors: list[ActorInfo]
 
 
-class HoldActors(Message):
+class HoldActors(Message, frozen=True):
     """The sending node holds handles of ``added`` and none any more of ``removed``."""
 
     added: list[bytes]
     removed: list[bytes]
 
 
-class ActorsReleased(Message):
+class ActorsReleased(Message, frozen=True):
     """To an actor's node: nobody holds a handle of these any more; end them when their calls are done."""
 
     actor_ids: list[bytes]
 
 
-class PublishCancel(Message):
+class PublishCancel(Message, frozen=True):
     """Published to every node: ``scopes`` and ``task_ids`` are cancelled."""
 
     scopes: list[bytes]
@@ -595,7 +602,7 @@ class PublishCancel(Message):
     recursive: bool = True
 
 
-class ControlQuery(Message):
+class ControlQuery(Message, frozen=True):
     """A ``Query`` passed on by a node for one of its processes."""
 
     process: Address
@@ -604,7 +611,7 @@ class ControlQuery(Message):
     argument: str = ""
 
 
-class ControlAnswer(Message):
+class ControlAnswer(Message, frozen=True):
     """The answer to a ``ControlQuery``."""
 
     process: Address

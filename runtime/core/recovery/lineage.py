@@ -1,0 +1,78 @@
+"""Writing behind: what the control store learns of this node's tasks and objects, in batches, a little later.
+
+Most tasks of a fine-grained program are done, and their results dropped, before the next batch leaves; their lineage
+can never be needed again, and they cost the control store nothing but a line in the event log. What lives longer is
+written: its lineage to the task table, its location and this node's hold to the object table.
+"""
+
+from zlib import crc32
+
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.effects import AnyEffect, Send
+from trio_ray.runtime.core.messages import Address, ForgetTasks, LogEvents, LogTasks, TaskRecord, control_address
+from trio_ray.runtime.core.objects.table import ObjectTable
+from trio_ray.runtime.core.scheduling.local import Phase
+from trio_ray.runtime.core.spec import TaskTemplate
+from trio_ray.runtime.core.tasks import Tasks
+
+
+class WriteBehind:
+    """The node's batches for the control store."""
+
+    def __init__(self, node: Address, shards: int, tasks: Tasks, table: ObjectTable) -> None:
+        self._node = node
+        self._shards = shards
+        self._tasks = tasks
+        self._table = table
+        self._event_shard = crc32(node.encode()) % shards
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._tasks.events or self._tasks.unlogged or self._table.unreported)
+
+    def write(self, effects: list[AnyEffect]) -> None:
+        """Send the batches."""
+        tasks, table = self._tasks, self._table
+        if tasks.events:
+            effects.append(Send(control_address(self._event_shard), LogEvents(tasks.events)))
+            tasks.events = []
+        for entry in table.unreported:
+            if entry.local and (entry.holders or entry.pins) and table.entries.get(entry.object_id) is entry:
+                table.export(entry)
+        table.unreported = []
+        records: dict[int, tuple[list[TaskRecord], dict[bytes, TaskTemplate]]] = {}
+        for task in tasks.unlogged:
+            spec, count = task.spec, task.template.template.num_returns
+            outputs = [table.entries.get(ids.return_id(spec.task_id, index)) for index in range(count)]
+            if task.phase == Phase.DONE and not any(outputs):
+                continue
+            task.logged = True
+            for output in outputs:
+                if output is not None:
+                    output.logged = count
+            shard = ids.shard_of(spec.task_id, self._shards)
+            batch, templates = records.setdefault(shard, ([], {}))
+            batch.append(TaskRecord(spec, task.node or self._node, 0 if task.phase == Phase.DONE else -1))
+            if not task.template.logged:
+                task.template.logged = True
+                templates[spec.template] = task.template.template
+        tasks.unlogged = []
+        for shard, (batch, templates) in records.items():
+            effects.append(Send(control_address(shard), LogTasks(batch, list(templates.values()))))
+
+    def forget(self, effects: list[AnyEffect]) -> None:
+        """Drop the lineage of tasks none of whose results exists any more."""
+        table = self._table
+        if not table.dropped:
+            return
+        forgotten: dict[int, dict[bytes, None]] = {}
+        for entry in table.dropped:
+            task_id = ids.task_of(entry.object_id)
+            if task_id not in self._tasks.entries and not any(
+                ids.return_id(task_id, index) in table.entries for index in range(entry.logged)
+            ):
+                forgotten.setdefault(ids.shard_of(task_id, self._shards), {})[task_id] = None
+        table.dropped = []
+        for shard, task_ids in forgotten.items():
+            effects.append(Send(control_address(shard), ForgetTasks(list(task_ids))))

@@ -1,0 +1,102 @@
+"""What a node does when a worker or another node is gone.
+
+A task whose worker died runs again while it has retries left; the ones behind it in that worker had not begun and
+simply go back. A task that was forwarded to a node that died is placed again by the node that owns it.
+"""
+
+from trio_ray.runtime.core.messages import Address
+from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
+from trio_ray.runtime.core.objects.transfer import Transfers
+from trio_ray.runtime.core.recovery.cancellation import Cancellation
+from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry
+from trio_ray.runtime.core.spec import Kind
+from trio_ray.runtime.core.tasks import Tasks, system_error
+
+
+class Losses:
+    """Reactions to lost workers, nodes and room."""
+
+    def __init__(
+        self, node: Address, tasks: Tasks, scheduler: LocalScheduler, table: ObjectTable, transfers: Transfers,
+        cancellation: Cancellation,
+    ) -> None:  # fmt: skip
+        self._node = node
+        self._tasks = tasks
+        self._scheduler = scheduler
+        self._table = table
+        self._transfers = transfers
+        self._cancellation = cancellation
+
+    def worker_lost(self, process: Address, reason: str) -> None:
+        """A worker process ended."""
+        tasks, scheduler = self._tasks, self._scheduler
+        worker = scheduler.workers[process]
+        interrupted = self._cancellation.was_interrupted(process)
+        had = scheduler.worker_lost(process)
+        how = f"its worker process on node {self._node} ended ({reason or 'it left'})"
+        actor_id = worker.actor
+        if actor_id is not None and actor_id in tasks.actors.local:
+            self._actor_lost(actor_id, had, how)
+            return
+        for index, task in enumerate(had):
+            template = task.template.template
+            task.phase = Phase.WAITING
+            if task.spec.task_id in interrupted:
+                tasks.fail(task, "TaskCancelledError", f"{template.name} was cancelled")
+            elif index == 0 and not task.retries:
+                kind = "ActorDiedError" if template.kind == Kind.ACTOR_CREATION else "WorkerCrashedError"
+                tasks.fail(task, kind, f"{template.name} was running when {how}")
+            else:
+                if index == 0:
+                    task.retries -= 1
+                tasks.again(task)
+
+    def _actor_lost(self, actor_id: bytes, had: list[TaskEntry], how: str) -> None:
+        tasks = self._tasks
+        actor = tasks.actors.local[actor_id]
+        name = actor.creation.template.template.name
+        reason = f"the actor {name} is dead: {how}"
+        waiting = tasks.actors.worker_lost(actor_id, reason)
+        for task in (*had, *waiting):
+            if task.phase != Phase.DONE:
+                task.phase = Phase.WAITING
+                tasks.fail(task, "ActorDiedError", f"{task.template.template.name} failed: {reason}")
+
+    def peer_lost(self, peer: Address) -> None:
+        """The link to another node broke: transfers over it will not end."""
+        self._transfers.peer_lost(peer, self._tasks.now, self._tasks.effects)
+
+    def node_died(self, node: Address) -> None:
+        """The control store declared another node dead."""
+        tasks = self._tasks
+        self.peer_lost(node)
+        for task in [task for task in tasks.entries.values() if task.node == node and task.phase == Phase.FORWARDED]:
+            template = task.template.template
+            if template.kind == Kind.ACTOR_CALL or not task.retries:
+                kind = "ActorDiedError" if template.kind != Kind.TASK else "NodeDiedError"
+                tasks.fail(task, kind, f"{template.name} was running on node {node} when that node died")
+            else:
+                task.retries -= 1
+                tasks.forward(task)
+        for view_id, view in list(tasks.actors.views.items()):
+            if view.node == node:
+                for task in tasks.actors.located(view_id, view.state.DEAD, "", f"its node {node} died"):
+                    tasks.admit(task)
+        for task in [task for task in tasks.entries.values() if task.origin == node]:
+            task.retries = 0  # nobody waits for it any more; what it makes is dropped
+        for entry in self._table.entries.values():
+            if entry.state == State.ELSEWHERE and node in entry.nodes:
+                entry.nodes = tuple(other for other in entry.nodes if other != node)
+                if not entry.nodes:
+                    entry.state = State.PENDING
+
+    def out_of_room(self) -> None:
+        """Objects that could not be brought here for lack of room become errors for those who wait for them."""
+        full, self._transfers.full = self._transfers.full, []
+        for entry in full:
+            waiters, entry.waiters = entry.waiters, None
+            stand_in = ObjectEntry(entry.object_id)
+            stand_in.state, stand_in.error = State.INLINE, True
+            stand_in.payload = system_error("ObjectStoreFullError", self._table.describe_full(entry.size))
+            for waiter in waiters or []:
+                waiter(stand_in)

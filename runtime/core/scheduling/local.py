@@ -1,0 +1,432 @@
+"""The per-node scheduler: which ready task runs on which worker, and when a worker more is needed.
+
+Tasks that ask for the same resources share one first-come first-served queue. A worker *leases* a resource shape and
+keeps it while tasks of that shape follow each other, so that acquiring and releasing is per lease, not per task.
+
+Dispatch is pipelined: a worker may hold as many tasks ahead as fit ``PIPELINE_S`` given the function's measured mean
+duration, and one when it is unknown or long; a batch then pays for the hop to the worker once. What makes that safe is
+taking back: unstarted tasks return when another worker idles, or when theirs blocks (the worker returns those by
+itself).
+"""
+
+from collections import deque
+from enum import IntEnum
+
+from trio_ray.runtime.core.effects import AnyEffect, Send, StartWorker, StopWorker
+from trio_ray.runtime.core.messages import Address, Function, Load, RunTasks, TakeBack, Value
+from trio_ray.runtime.core.objects.table import ObjectTable
+from trio_ray.runtime.core.spec import Kind, Resources, TaskSpec, TaskTemplate
+
+PIPELINE_S = 0.010
+"""How much work a worker may hold ahead. A few times the hop to a worker and back (0.2 ms) keeps it busy; more only
+makes what follows a slow task wait."""
+MAX_AHEAD = 256
+MIN_TASK_S = 2e-5
+"""What even an empty task costs a worker; means below it are its clock's noise."""
+STALL_S = 0.005
+"""A worker that finishes nothing for so long, with tasks behind, gives them up when another idles."""
+MEAN_WEIGHT = 0.2
+"""Of the newest duration in the exponential average (the paper does not state its coefficient)."""
+
+
+class Phase(IntEnum):
+    """Where a task of this node is."""
+
+    WAITING = 0
+    """For inputs, or for its function."""
+    READY = 1
+    DISPATCHED = 2
+    FORWARDED = 3
+    """Another node, or placement, has it."""
+    DONE = 4
+
+
+class TemplateEntry:
+    """A template and what was measured of its tasks here."""
+
+    __slots__ = ("ahead", "key", "logged", "mean_s", "template")
+
+    def __init__(self, template: TaskTemplate) -> None:
+        self.template = template
+        self.mean_s = 0.0
+        self.ahead = 1
+        """How many of its tasks a worker may hold."""
+        self.key: QueueKey = (template.placement, template.resources)
+        self.logged = False
+
+    def measured(self, duration_s: float) -> None:
+        """One of its tasks took so long."""
+        if duration_s < MIN_TASK_S:
+            duration_s = MIN_TASK_S
+        mean = self.mean_s
+        self.mean_s = mean = mean + MEAN_WEIGHT * (duration_s - mean) if mean else duration_s
+        ahead = int(PIPELINE_S / mean)
+        self.ahead = 1 if ahead < 1 else min(ahead, MAX_AHEAD)
+
+
+QueueKey = tuple[Resources, Resources]
+"""What a task needs to be placed, and what it holds while it runs."""
+
+
+class TaskEntry:
+    """A task that is not done. Plain attributes: the hot path reads and writes them directly."""
+
+    __slots__ = ("dispatched_at", "logged", "missing", "node", "origin", "phase", "reason", "retries", "spec",
+                 "submitted_at", "template", "using", "worker")  # fmt: skip
+
+    def __init__(self, spec: TaskSpec, template: TemplateEntry, origin: Address, now: float) -> None:
+        self.spec = spec
+        self.template = template
+        self.origin = origin
+        """The node that waits for its results; empty when it was submitted here."""
+        self.phase = Phase.WAITING
+        self.using = False
+        """Its inputs are kept in place for it."""
+        self.missing = 0
+        """Inputs (and its function) that are not here yet."""
+        self.node: Address = ""
+        """Where it was forwarded to, once known."""
+        self.worker: WorkerEntry | None = None
+        self.retries = template.template.max_retries
+        self.submitted_at = now
+        self.dispatched_at = 0.0
+        self.reason = ""
+        self.logged = False
+        """Its lineage is in the task table."""
+
+
+class WorkerEntry:
+    """A worker process."""
+
+    __slots__ = ("actor", "batch", "blocked", "functions", "inputs", "key", "number", "pid", "process", "progress_at",
+                 "running", "stopping", "taking_back", "templates")  # fmt: skip
+
+    def __init__(self, process: Address, number: int, pid: int) -> None:
+        self.process = process
+        self.number = number
+        self.pid = pid
+        self.key: QueueKey | None = None
+        """Its lease; None while idle."""
+        self.actor: bytes | None = None
+        self.running: dict[bytes, TaskEntry] = {}
+        """What it was given, in order; the first is (or is about to be) running."""
+        self.batch: list[TaskSpec] = []
+        """Chosen in this step."""
+        self.inputs: dict[bytes, Value] = {}
+        self.blocked = False
+        self.taking_back = False
+        self.stopping = False
+        self.progress_at = 0.0
+        self.templates: set[bytes] = set()
+        self.functions: set[bytes] = set()
+        """What it knows already; never iterated."""
+
+
+class LocalScheduler:
+    """Queues, workers and resources of one node."""
+
+    def __init__(self, total: Resources, prestart: int, table: ObjectTable, functions: dict[bytes, Function]) -> None:
+        self.total = dict(total)
+        self.available = dict(total)
+        self.cpus = self.total.get("CPU", 0)
+        self.queued = 0
+        """Ready tasks that no worker has."""
+        self.mean_s = 0.0
+        """Exponential average over the durations of all tasks; 0 until one has ended."""
+        self.workers: dict[Address, WorkerEntry] = {}
+        self.running = 0
+        """Tasks that workers have, actor calls left out."""
+        self._prestart = prestart
+        self._table = table
+        self._functions = functions
+        self._queues: dict[QueueKey, deque[TaskEntry]] = {}
+        self._leased: dict[QueueKey, dict[Address, WorkerEntry]] = {}
+        self._idle: dict[Address, WorkerEntry] = {}
+        self._starting: dict[int, None] = {}
+        self._numbers = 0
+        self._touched: dict[Address, WorkerEntry] = {}
+        """Workers with something in their batch."""
+        self.stalled = False
+        """Some worker idles while another holds tasks it has not begun."""
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def start_workers(self, count: int, effects: list[AnyEffect]) -> None:
+        """Ask for worker processes."""
+        for _ in range(count):
+            self._numbers += 1
+            self._starting[self._numbers] = None
+            effects.append(StartWorker(self._numbers))
+
+    def worker_connected(self, process: Address, number: int, pid: int) -> WorkerEntry:
+        """A worker is there, idle."""
+        self._starting.pop(number, None)
+        worker = WorkerEntry(process, number, pid)
+        self.workers[process] = worker
+        self._idle[process] = worker
+        return worker
+
+    def worker_failed(self, number: int) -> None:
+        """A worker that was asked for will not come."""
+        self._starting.pop(number, None)
+
+    def worker_lost(self, process: Address) -> list[TaskEntry]:
+        """A worker is gone; answers with the tasks it had, the one it was running first."""
+        worker = self.workers.pop(process, None)
+        if worker is None:
+            return []
+        self._idle.pop(process, None)
+        self._touched.pop(process, None)
+        tasks = list(worker.running.values())
+        self.running -= sum(1 for task in tasks if task.template.template.kind != Kind.ACTOR_CALL)
+        worker.running = {}
+        self._end_lease(worker)
+        return tasks
+
+    def blocked(self, worker: WorkerEntry, blocked: bool) -> None:
+        """The worker's task waits for objects (or goes on): its CPU is lent out meanwhile."""
+        if worker.blocked == blocked or worker.key is None:
+            return
+        worker.blocked = blocked
+        for name, units in worker.key[1]:
+            if name == "CPU":
+                self.available[name] += units if blocked else -units
+
+    def _fits(self, shape: Resources) -> bool:
+        available = self.available
+        return all(available.get(name, 0) >= units for name, units in shape)
+
+    def feasible(self, shape: Resources) -> bool:
+        """Whether the node could ever hold it."""
+        total = self.total
+        return all(total.get(name, 0) >= units for name, units in shape)
+
+    def _begin_lease(self, worker: WorkerEntry, key: QueueKey) -> None:
+        worker.key = key
+        self._leased.setdefault(key, {})[worker.process] = worker
+        for name, units in key[1]:
+            self.available[name] -= units
+
+    def _end_lease(self, worker: WorkerEntry) -> None:
+        key = worker.key
+        if key is None:
+            return
+        if worker.blocked:
+            self.blocked(worker, False)
+        worker.key = None
+        self._leased.get(key, {}).pop(worker.process, None)
+        for name, units in key[1]:
+            self.available[name] += units
+
+    # -- tasks -------------------------------------------------------------------------------------------------
+
+    def enqueue(self, task: TaskEntry, *, first: bool = False) -> None:
+        """The task has all it needs."""
+        task.phase = Phase.READY
+        queue = self._queues.get(task.template.key)
+        if queue is None:
+            queue = self._queues[task.template.key] = deque()
+        if first:
+            queue.appendleft(task)
+        else:
+            queue.append(task)
+        self.queued += 1
+
+    def withdraw(self, tasks: list[TaskEntry]) -> None:
+        """Take ready tasks out of their queues."""
+        gone: dict[QueueKey, set[bytes]] = {}
+        for task in tasks:
+            gone.setdefault(task.template.key, set()).add(task.spec.task_id)
+        for key, ids in gone.items():
+            kept = deque(task for task in self._queues[key] if task.spec.task_id not in ids)
+            self.queued -= len(self._queues[key]) - len(kept)
+            self._queues[key] = kept
+
+    def give(self, worker: WorkerEntry, task: TaskEntry, now: float) -> None:
+        """The worker is to run the task, after those it has."""
+        task.phase = Phase.DISPATCHED
+        task.worker = worker
+        task.dispatched_at = now
+        spec = task.spec
+        worker.running[spec.task_id] = task
+        worker.batch.append(spec)
+        if spec.inputs:
+            entries, inputs, process = self._table.entries, worker.inputs, worker.process
+            for object_id in spec.inputs:
+                if object_id not in inputs:
+                    inputs[object_id] = self._table.value(entries[object_id], process)
+        self._touched[worker.process] = worker
+
+    def finished(self, worker: WorkerEntry, task: TaskEntry, duration_s: float) -> None:
+        """A task that the worker had is done (``duration_s`` < 0: it never ran)."""
+        self.running -= 1
+        if duration_s >= 0:
+            task.template.measured(duration_s)
+            mean = self.mean_s
+            self.mean_s = mean + MEAN_WEIGHT * (duration_s - mean) if mean else duration_s
+
+    def returned(self, worker: WorkerEntry, task_ids: list[bytes]) -> None:
+        """The worker gives back tasks it has not begun."""
+        worker.taking_back = False
+        for task_id in reversed(task_ids):
+            task = worker.running.pop(task_id, None)
+            if task is not None:
+                self.running -= 1
+                task.worker = None
+                self.enqueue(task, first=True)
+
+    def dispatch(self, now: float, effects: list[AnyEffect]) -> None:
+        """Hand out what can run, ask for workers where they are what is missing, and send the batches."""
+        if self.queued:
+            waiting = [(key, queue) for key, queue in self._queues.items() if queue]
+            for key, queue in waiting:
+                self._dispatch_queue(key, queue, alone=len(waiting) == 1, now=now)
+            if len(waiting) > 1:  # round robin among shapes
+                key = waiting[0][0]
+                self._queues[key] = self._queues.pop(key)
+        self._settle(now, effects)
+        for worker in self._touched.values():
+            self._send_batch(worker, effects)
+        self._touched.clear()
+
+    def _dispatch_queue(self, key: QueueKey, queue: deque[TaskEntry], *, alone: bool, now: float) -> None:
+        takers: list[WorkerEntry] = []
+        idle = self._idle
+        while idle and len(takers) < len(queue) and self._fits(key[0]):
+            worker = idle.popitem()[1]
+            self._begin_lease(worker, key)
+            takers.append(worker)
+        for worker in self._leased.get(key, {}).values():
+            held = len(worker.running)
+            if worker.blocked or worker.actor is not None or worker.taking_back or worker.stopping:
+                continue
+            if (not held or (alone and held * 2 <= queue[0].template.ahead)) and worker not in takers:
+                takers.append(worker)
+        if not takers:
+            return
+        share = -(-len(queue) // len(takers))
+        for worker in takers:
+            running = worker.running
+            if not running:
+                worker.progress_at = now
+            for _ in range(share):
+                if not queue:
+                    return
+                task = queue[0]
+                template = task.template
+                if running and (len(running) >= template.ahead or worker.actor is not None):
+                    break
+                queue.popleft()
+                self.queued -= 1
+                self.running += 1
+                self.give(worker, task, now)
+                if template.template.kind == Kind.ACTOR_CREATION:  # it takes the worker for good
+                    worker.actor = task.spec.task_id
+                    break
+
+    def _settle(self, now: float, effects: list[AnyEffect]) -> None:
+        """After handing out: end leases nobody needs, start or stop workers, even out what is queued at workers."""
+        free = [
+            worker for leased in self._leased.values() for worker in leased.values()
+            if not worker.running and worker.actor is None and not worker.stopping
+        ]  # fmt: skip
+        for worker in free:
+            self._end_lease(worker)
+            self._idle[worker.process] = worker
+        if free and self.queued:
+            for key, queue in self._queues.items():
+                if queue:
+                    self._dispatch_queue(key, queue, alone=False, now=now)
+        wanted = 0
+        if self.queued:
+            for key, queue in self._queues.items():
+                if queue:
+                    wanted += min(len(queue), self._room(key[0]))
+        wanted = max(wanted, 1 if not self._idle else 0)  # one ahead, for actors and blocked workers
+        if wanted > len(self._starting) + len(self._idle):
+            self.start_workers(wanted - len(self._starting) - len(self._idle), effects)
+        surplus = len(self._idle) - 2 * self._prestart - 2
+        if surplus > 0:
+            for process in list(self._idle)[:surplus]:
+                worker = self._idle.pop(process)
+                worker.stopping = True
+                effects.append(StopWorker(process))
+        self.stalled = False
+        if self._idle and not self.queued and self.running:
+            self.even_out(now, effects)
+
+    def _room(self, shape: Resources) -> int:
+        """How many of a shape would fit into what is available."""
+        if not shape:
+            unblocked = sum(1 for w in self.workers.values() if w.key is not None and not w.blocked and w.actor is None)
+            return max(0, max(16, self.cpus // 5_000) - unblocked)
+        return max(0, min(self.available.get(name, 0) // units for name, units in shape))
+
+    def even_out(self, now: float, effects: list[AnyEffect]) -> None:
+        """Workers idle: take back half of what the fullest worker has not begun, if that is worth the trip."""
+        fullest: WorkerEntry | None = None
+        for key, leased in self._leased.items():
+            if not self._fits(key[0]):
+                continue
+            for worker in leased.values():
+                if len(worker.running) < 2 or worker.taking_back or worker.actor is not None:
+                    continue
+                self.stalled = True
+                last = next(reversed(worker.running.values()))
+                ahead_s = (len(worker.running) - 1) * last.template.mean_s
+                slow = now - worker.progress_at >= STALL_S
+                if (slow or ahead_s >= STALL_S) and (fullest is None or len(worker.running) > len(fullest.running)):
+                    fullest = worker
+        if fullest is not None:
+            task_ids = list(fullest.running)
+            begun = 1 if now - fullest.progress_at >= STALL_S else -(-len(task_ids) // 2)
+            fullest.taking_back = True
+            effects.append(Send(fullest.process, TakeBack(task_ids[begun:])))
+
+    def _send_batch(self, worker: WorkerEntry, effects: list[AnyEffect]) -> None:
+        templates: list[TaskTemplate] = []
+        functions: list[Function] = []
+        last = b""
+        for spec in worker.batch:
+            if spec.template == last:
+                continue
+            last = spec.template
+            if last not in worker.templates:
+                worker.templates.add(last)
+                template = worker.running[spec.task_id].template.template
+                templates.append(template)
+                if template.function_id and template.function_id not in worker.functions:
+                    worker.functions.add(template.function_id)
+                    functions.append(self._functions[template.function_id])
+        effects.append(
+            Send(worker.process, RunTasks(worker.batch, list(worker.inputs.values()), templates, functions))
+        )
+        worker.batch = []
+        worker.inputs = {}
+
+    def load(self, store_used: int, bandwidth: float) -> Load:
+        """What to tell placement."""
+        return Load(
+            self.queued, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth, store_used
+        )
+
+    def validate(self) -> None:
+        """Assert the scheduler's invariants."""
+        assert self.queued == sum(len(queue) for queue in self._queues.values())
+        assert self.running == sum(
+            task.template.template.kind != Kind.ACTOR_CALL for w in self.workers.values() for task in w.running.values()
+        )
+        lent = dict(self.total)
+        for key, leased in self._leased.items():
+            for process, worker in leased.items():
+                assert worker.key == key and self.workers.get(process) is worker
+                for name, units in key[1]:
+                    if not (worker.blocked and name == "CPU"):
+                        lent[name] -= units
+        assert lent == self.available, f"{lent} should be available, {self.available} are"
+        for process, worker in self._idle.items():
+            assert worker.key is None and not worker.running and self.workers.get(process) is worker
+        for worker in self.workers.values():
+            assert not worker.batch, "a batch was not sent"
+            for task in worker.running.values():
+                assert task.phase == Phase.DISPATCHED and task.worker is worker

@@ -1,0 +1,574 @@
+"""The life of a task on a node: submitted, waiting for inputs, run here or elsewhere, done, failed, cancelled.
+
+A task submitted by a process of this node is *owned* here: the node pins what it refers to, waits for its result,
+enforces its deadline and, if the node it was forwarded to dies, submits it again. A task that came from another node
+(its *origin*) is only run here.
+"""
+
+import heapq
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.actors import Actors
+from trio_ray.runtime.core.effects import AnyEffect, Send
+from trio_ray.runtime.core.messages import (
+    PLACEMENT,
+    ActorState,
+    Address,
+    AssignTasks,
+    CallActors,
+    Function,
+    GetFunctions,
+    ObjectsReady,
+    Output,
+    PlaceTasks,
+    PutFunctions,
+    Status,
+    SubmitTasks,
+    TaskEvent,
+    TaskResult,
+    TasksFinished,
+    Value,
+    Where,
+    control_address,
+)
+from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
+from trio_ray.runtime.core.objects.transfer import Transfers
+from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry, WorkerEntry
+from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
+
+SYSTEM_ERROR = b"\x03"
+"""First byte of a payload that holds an error of the system's own: a kind (the exception's name) and a sentence."""
+
+
+def system_error(kind: str, sentence: str) -> bytes:
+    """The payload of a system error."""
+    return SYSTEM_ERROR + msgspec.msgpack.encode([kind, sentence])
+
+
+class Tasks:
+    """All unfinished tasks that this node owns or runs."""
+
+    def __init__(
+        self, node: Address, shards: int, table: ObjectTable, transfers: Transfers, scheduler: LocalScheduler,
+        functions: dict[bytes, Function], keep: Callable[[TaskSpec, TemplateEntry, int], int],
+    ) -> None:  # fmt: skip
+        self._node = node
+        self._shards = shards
+        self._table = table
+        self._transfers = transfers
+        self._scheduler = scheduler
+        self._functions = functions
+        self._keep = keep
+        self.actors = Actors(node, shards, scheduler, self.fail)
+        self.now = 0.0
+        self.effects: list[AnyEffect] = []
+        """Of the current step."""
+        self.entries: dict[bytes, TaskEntry] = {}
+        self.templates: dict[bytes, TemplateEntry] = {}
+        self.ready: dict[Address, list[Value]] = {}
+        """What processes wait for and this step made ready."""
+        self.streams: list[tuple[ObjectEntry, Address, int]] = []
+        """Objects to send, after ``ready``, to processes that share no memory with the node."""
+        self.finished: dict[Address, list[TaskResult]] = {}
+        """Results for the nodes that wait for them."""
+        self.events: list[TaskEvent] = []
+        self.unlogged: list[TaskEntry] = []
+        self.cancelled: dict[bytes, None] = {}
+        """Scopes that were cancelled: what arrives for them later is refused."""
+        self.processes: dict[Address, bool] = {}
+        """Connected processes, and whether they share memory with the node."""
+        self._forward: list[TaskEntry] = []
+        self._wanting_function: dict[bytes, list[TaskEntry]] = {}
+        self._deadlines: list[tuple[float, bytes]] = []
+
+    # -- arriving ----------------------------------------------------------------------------------------------
+
+    def learn(self, templates: list[TaskTemplate], functions: list[Function]) -> None:
+        """Templates and functions that a link brought for the first time."""
+        for template in templates:
+            if template.template_id not in self.templates:
+                self.templates[template.template_id] = TemplateEntry(template)
+        fresh = [function for function in functions if function.function_id not in self._functions]
+        for function in fresh:
+            self._functions[function.function_id] = function
+            shard = ids.shard_of(function.function_id, self._shards)
+            self.effects.append(Send(control_address(shard), PutFunctions([function])))
+
+    def submit(self, source: Address, message: SubmitTasks) -> None:
+        """A process of this node submits tasks."""
+        if message.templates or message.functions:
+            self.learn(message.templates, message.functions)
+        table, entries, templates, now = self._table, self.entries, self.templates, self.now
+        kept: dict[bytes, int] = {}
+        """By template: how many more tasks of this batch stay here. Tasks with inputs are asked about one by one."""
+        for spec in message.specs:
+            task_id = spec.task_id
+            template = templates[spec.template]
+            if task_id in entries or self._made_before(source, spec, template):
+                continue
+            task = entries[task_id] = TaskEntry(spec, template, "", now)
+            for index in range(template.template.num_returns):
+                table.expect(task_id + index.to_bytes(4, "big"), source)
+            if spec.inputs or spec.borrowed:
+                for object_id in spec.inputs:
+                    table.pin(table.know(object_id))
+                for object_id in spec.borrowed:
+                    table.pin(table.know(object_id))
+            if spec.actor:
+                table.pin(table.know(ids.return_id(spec.actor, 0)))
+            if spec.deadline is not None:
+                heapq.heappush(self._deadlines, (spec.deadline, task_id))
+            self.unlogged.append(task)
+            if self.cancelled and self._is_cancelled(spec):
+                self.fail(task, "TaskCancelledError", f"{template.template.name} was submitted in a cancelled scope")
+            elif template.template.kind == Kind.ACTOR_CALL:
+                if self.actors.route(task):
+                    self.admit(task)
+            else:
+                if template.template.kind == Kind.ACTOR_CREATION:
+                    self.actors.expect(task_id)
+                left = -1 if spec.inputs else kept.get(spec.template, -1)
+                if left < 0:
+                    left = self._keep(spec, template, 1 if spec.inputs else len(message.specs))
+                if left:
+                    self.admit(task)
+                else:
+                    self.forward(task)
+                if not spec.inputs:
+                    kept[spec.template] = left - 1 if left else 0
+
+    def _made_before(self, source: Address, spec: TaskSpec, template: TemplateEntry) -> bool:
+        """Whether a re-executed parent submits a child again whose results are still here."""
+        count = template.template.num_returns
+        for index in range(count):
+            entry = self._table.entries.get(ids.return_id(spec.task_id, index))
+            if entry is None or entry.state == State.PENDING:
+                return False
+            if entry.state == State.UNSEALED:
+                return False
+        for index in range(count):
+            entry = self._table.entries[ids.return_id(spec.task_id, index)]
+            self._table.hold(entry, source)
+            self._push(source, entry)
+        return count > 0
+
+    def assigned(self, message: AssignTasks | CallActors) -> None:
+        """Another node's tasks are to run here."""
+        self.learn(message.templates, [])
+        for spec in message.specs:
+            template = self.templates[spec.template]
+            own = self.entries.get(spec.task_id)
+            if own is not None:
+                # Placement chose the very node that asked; or a resubmission of what is running here already.
+                if own.phase == Phase.FORWARDED and not own.origin:
+                    own.phase, own.node = Phase.WAITING, ""
+                    self.admit(own)
+                else:
+                    own.origin = message.origin if message.origin != self._node else own.origin
+                continue
+            task = self.entries[spec.task_id] = TaskEntry(spec, template, message.origin, self.now)
+            if self.cancelled and self._is_cancelled(spec):
+                self.fail(task, "TaskCancelledError", f"{template.template.name} arrived in a cancelled scope")
+            elif template.template.kind != Kind.ACTOR_CALL or spec.actor in self.actors.local:
+                self.admit(task)
+            else:
+                del self.entries[spec.task_id]
+                self.finished.setdefault(message.origin, []).append(TaskResult(spec.task_id, Status.OK, ()))
+
+    def admit(self, task: TaskEntry) -> None:
+        """The task runs here: gather what it needs."""
+        spec = task.spec
+        task.phase = Phase.WAITING
+        missing = 0
+        function_id = task.template.template.function_id
+        if function_id and function_id not in self._functions:
+            missing += 1
+            self._want_function(function_id, task)
+        if spec.inputs:
+            table = self._table
+            task.using = True
+            failure: ObjectEntry | None = None
+            for object_id in spec.inputs:
+                entry = table.know(object_id)
+                entry.uses += 1
+                if entry.local:
+                    if entry.error:
+                        failure = entry
+                else:
+                    missing += 1
+                    self._await(entry, partial(self._input_ready, task))
+                    if ids.task_of(object_id) not in self.entries or entry.state == State.ELSEWHERE:
+                        self._transfers.fetch(entry, self.now, self.effects)
+            if failure is not None:
+                self._fail_with(task, failure.payload)
+                return
+        task.missing = missing
+        if task.template.template.kind == Kind.ACTOR_CALL:
+            if missing or not self.actors.local[spec.actor].alive:
+                task.phase = Phase.WAITING if missing else Phase.READY
+                self.actors.enqueue(task)
+            else:
+                self.actors.ready(task, self.now)
+        elif not missing:
+            self._scheduler.enqueue(task)
+
+    def again(self, task: TaskEntry) -> None:
+        """Run a task once more that was given to a worker."""
+        if task.using:
+            self._unuse_inputs(task)
+        task.worker = None
+        self.admit(task)
+
+    def _await(self, entry: ObjectEntry, waiter: Callable[[ObjectEntry], None]) -> None:
+        if entry.waiters is None:
+            entry.waiters = [waiter]
+        else:
+            entry.waiters.append(waiter)
+
+    def _input_ready(self, task: TaskEntry, entry: ObjectEntry) -> None:
+        if task.phase != Phase.WAITING:
+            return
+        if entry.error:
+            self._fail_with(task, entry.payload)
+            return
+        task.missing -= 1
+        if not task.missing:
+            self._all_here(task)
+
+    def _all_here(self, task: TaskEntry) -> None:
+        if task.template.template.kind == Kind.ACTOR_CALL:
+            self.actors.ready(task, self.now)
+        else:
+            self._scheduler.enqueue(task)
+
+    def _want_function(self, function_id: bytes, task: TaskEntry) -> None:
+        waiting = self._wanting_function.get(function_id)
+        if waiting is None:
+            self._wanting_function[function_id] = [task]
+            shard = ids.shard_of(function_id, self._shards)
+            self.effects.append(Send(control_address(shard), GetFunctions([function_id])))
+        else:
+            waiting.append(task)
+
+    def functions_arrived(self, functions: list[Function]) -> None:
+        """Rows of the function table that tasks here waited for."""
+        for function in functions:
+            self._functions[function.function_id] = function
+            for task in self._wanting_function.pop(function.function_id, []):
+                if task.phase == Phase.WAITING:
+                    task.missing -= 1
+                    if not task.missing:
+                        self._all_here(task)
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def done(self, worker: WorkerEntry, results: list[TaskResult]) -> None:
+        """A worker reports results."""
+        now, running, scheduler = self.now, worker.running, self._scheduler
+        worker.progress_at = now
+        for result in results:
+            task = running.pop(result.task_id, None)
+            if task is None:
+                continue
+            template = task.template.template
+            if template.kind != Kind.ACTOR_CALL:
+                scheduler.finished(worker, task, result.duration_s if result.started_at else -1.0)
+            if result.status == Status.RETRYABLE:
+                if task.retries:
+                    task.retries -= 1
+                    self.again(task)
+                    continue
+            elif result.status == Status.CANCELLED:
+                self.fail(task, "TaskCancelledError", f"{template.name} was cancelled")
+                continue
+            if template.kind == Kind.ACTOR_CREATION:
+                self._constructed(worker, task, result)
+            self._finish(task, result, worker.process)
+        if worker.actor is not None:
+            actor = self.actors.local.get(worker.actor)
+            if actor is not None and actor.released:
+                self.actors.end_if_idle(actor, self.effects)
+
+    def _constructed(self, worker: WorkerEntry, task: TaskEntry, result: TaskResult) -> None:
+        failed = "" if result.status == Status.OK else "it raised an exception"
+        for call in self.actors.created(task, worker, failed, self.now):
+            self.admit(call)
+        entry = self._table.entries.get(ids.return_id(task.spec.task_id, 0))
+        if failed:
+            return
+        if entry is None and not task.origin:
+            self.actors.released(task.spec.task_id, self.effects)
+        else:
+            entry = entry or self._table.know(ids.return_id(task.spec.task_id, 0))
+            entry.on_free = self._actor_freed
+
+    def _actor_freed(self, entry: ObjectEntry) -> None:
+        self.actors.released(ids.task_of(entry.object_id), self.effects)
+
+    def _finish(self, task: TaskEntry, result: TaskResult, process: Address) -> None:
+        """The task is done, here: store or discard what it made, tell who waits, let go of what it used."""
+        spec = task.spec
+        task.phase = Phase.DONE
+        del self.entries[spec.task_id]
+        if task.origin:
+            self._finish_for(task, result, process)
+        else:
+            self._store(spec, result, process)
+        self._let_go(task)
+        self.events.append(
+            TaskEvent(
+                spec.task_id, task.template.template.name, process or self._node, task.submitted_at, task.dispatched_at,
+                result.started_at, result.started_at + result.duration_s if process else self.now, result.status,
+                task.reason,
+            )
+        )  # fmt: skip
+
+    def _store(self, spec: TaskSpec, result: TaskResult, process: Address) -> None:
+        """Results of a task that this node owns, made here."""
+        entries, table = self._table.entries, self._table
+        index = 0
+        failed = result.status != Status.OK
+        for output in result.outputs:
+            entry = entries.get(spec.task_id + index.to_bytes(4, "big"))
+            index += 1
+            if output.offset >= 0:
+                entry = table.unsealed_by(process, spec.task_id + (index - 1).to_bytes(4, "big"))
+                if entry is None:
+                    continue
+                table.seal(entry, State.SHARED, size=output.size, contained=output.contained)
+            elif entry is None:
+                continue
+            else:
+                payload = output.payload
+                table.seal(
+                    entry, State.INLINE, payload=payload, size=len(payload), error=failed, contained=output.contained
+                )
+            if spec.submitter in entry.holders:
+                self._push(spec.submitter, entry)
+
+    def wait(self, process: Address, object_ids: list[bytes], fetch: bool) -> None:
+        """A process wants to know when objects are ready and, with ``fetch``, to have them here."""
+        for object_id in object_ids:
+            entry = self._table.know(object_id)
+            if entry.local or (entry.state == State.ELSEWHERE and not fetch):
+                self._hand_over(process, fetch, entry)
+                continue
+            self._await(entry, partial(self._hand_over, process, fetch))
+            if entry.state == State.ELSEWHERE or ids.task_of(object_id) not in self.entries:
+                self._transfers.fetch(entry, self.now, self.effects)
+
+    def _hand_over(self, process: Address, fetch: bool, entry: ObjectEntry) -> None:
+        shares_memory = self.processes.get(process)
+        if shares_memory is None:
+            return
+        if entry.state != State.SHARED or not fetch:
+            self._push(process, entry)
+        elif shares_memory:
+            self.ready.setdefault(process, []).append(self._table.value(entry, process))
+        else:
+            transfer = self._transfers.new_transfer()
+            value = Value(entry.object_id, Where.STREAMED, b"", transfer, entry.size)
+            self.ready.setdefault(process, []).append(value)
+            self.streams.append((entry, process, transfer))
+
+    def _push(self, process: Address, entry: ObjectEntry) -> None:
+        """Tell a process that an object is ready; a large one it can then ask for."""
+        if entry.state == State.INLINE:
+            value = Value(entry.object_id, Where.INLINE, entry.payload, 0, entry.size, entry.error)
+        else:
+            value = Value(entry.object_id, Where.ELSEWHERE, b"", 0, entry.size)
+        values = self.ready.get(process)
+        if values is None:
+            self.ready[process] = [value]
+        else:
+            values.append(value)
+
+    def _finish_for(self, task: TaskEntry, result: TaskResult, process: Address) -> None:
+        """Results of another node's task: small plain ones move there, the others stay here and are reported."""
+        outputs: list[Output] = []
+        table = self._table
+        stays = task.template.template.kind == Kind.ACTOR_CREATION and result.status == Status.OK
+        for index, output in enumerate(result.outputs):
+            object_id = ids.return_id(task.spec.task_id, index)
+            if output.offset >= 0:
+                entry = table.unsealed_by(process, object_id)
+                if entry is None:
+                    continue
+                entry.exported = True
+                table.seal(entry, State.SHARED, size=output.size, contained=output.contained)
+            elif output.contained or stays:
+                entry = table.know(object_id)
+                table.seal(
+                    entry, State.INLINE, payload=output.payload, size=len(output.payload),
+                    error=result.status != Status.OK, contained=output.contained,
+                )  # fmt: skip
+                output = Output(output.payload, -1, len(output.payload), output.contained)
+            outputs.append(output)
+        told = TaskResult(
+            result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s, result.spawned
+        )
+        self.finished.setdefault(task.origin, []).append(told)
+
+    def finished_elsewhere(self, source: Address, results: list[TaskResult]) -> list[bytes]:
+        """Another node ran tasks of this one. Answers with objects it kept that nobody here wants any more."""
+        unwanted: list[bytes] = []
+        table = self._table
+        for result in results:
+            task = self.entries.get(result.task_id)
+            if task is None or task.phase != Phase.FORWARDED:
+                continue
+            kind = task.template.template.kind
+            if not result.outputs and task.template.template.num_returns:  # the actor was not there
+                self.actors.refused(task)
+                continue
+            task.phase = Phase.DONE
+            del self.entries[result.task_id]
+            failed = result.status != Status.OK
+            for index, output in enumerate(result.outputs):
+                object_id = ids.return_id(result.task_id, index)
+                entry = table.entries.get(object_id)
+                stays = output.offset >= 0 or bool(output.contained) or (kind == Kind.ACTOR_CREATION and not failed)
+                if entry is None:
+                    if stays:
+                        unwanted.append(object_id)
+                    continue
+                if stays:
+                    table.export(entry)
+                if output.offset >= 0:
+                    table.exists_at(entry, output.size, (source,))
+                    if entry.waiters:
+                        self._transfers.fetch(entry, self.now, self.effects)
+                else:
+                    table.seal(
+                        entry, State.INLINE, payload=output.payload, size=len(output.payload), error=failed,
+                        contained=output.contained,
+                    )  # fmt: skip
+                if task.spec.submitter in entry.holders:
+                    self._push(task.spec.submitter, entry)
+            if kind == Kind.ACTOR_CREATION:
+                self._creation_elsewhere(task, source, failed)
+            self._let_go(task)
+        return unwanted
+
+    def _creation_elsewhere(self, task: TaskEntry, source: Address, failed: bool) -> None:
+        state = ActorState.DEAD if failed else ActorState.ALIVE
+        reason = f"the constructor of {task.template.template.name} failed" if failed else ""
+        for call in self.actors.located(task.spec.task_id, state, source, reason):
+            self.admit(call)
+
+    def _let_go(self, task: TaskEntry) -> None:
+        spec = task.spec
+        if task.using:
+            self._unuse_inputs(task)
+        if not task.origin:
+            table = self._table
+            for object_id in spec.inputs:
+                table.unpin(table.entries[object_id])
+            for object_id in spec.borrowed:
+                table.unpin(table.entries[object_id])
+            if spec.actor:
+                table.unpin(table.entries[ids.return_id(spec.actor, 0)])
+
+    def _unuse_inputs(self, task: TaskEntry) -> None:
+        task.using = False
+        for object_id in task.spec.inputs:
+            self._table.unuse(self._table.entries[object_id])
+
+    def fail(self, task: TaskEntry, kind: str, sentence: str) -> None:
+        """The task ends with a system error."""
+        self._fail_with(task, system_error(kind, sentence))
+
+    def _fail_with(self, task: TaskEntry, payload: bytes) -> None:
+        template = task.template.template
+        if task.phase == Phase.READY and template.kind != Kind.ACTOR_CALL:
+            self._scheduler.withdraw([task])
+        result = TaskResult(task.spec.task_id, Status.ERROR, (Output(payload),) * template.num_returns)
+        self._finish(task, result, "")
+        if template.kind == Kind.ACTOR_CALL:
+            self.actors.failed_waiting(task, self.now)
+        elif template.kind == Kind.ACTOR_CREATION:
+            self.actors.publish(task, ActorState.DEAD, f"{template.name} could not be created")
+            self.actors.located(task.spec.task_id, ActorState.DEAD, "", f"{template.name} could not be created")
+
+    def _is_cancelled(self, spec: TaskSpec) -> bool:
+        scope = spec.scope
+        step = ids.SCOPE_BYTES
+        return any(scope[:end] in self.cancelled for end in range(step, len(scope) + 1, step))
+
+    # -- leaving a step ----------------------------------------------------------------------------------------
+
+    def forward(self, task: TaskEntry) -> None:
+        """Let placement choose a node for the task."""
+        task.phase, task.node = Phase.FORWARDED, ""
+        self._forward.append(task)
+
+    def flush(self) -> None:
+        """Send what this step collected, but results for other nodes (they may have to wait for the ledger)."""
+        effects = self.effects
+        if self._forward:
+            forward = [task for task in self._forward if task.phase == Phase.FORWARDED and not task.node]
+            self._forward = []
+            for task in forward:
+                self.export(task)
+            if forward:
+                templates = {task.spec.template: task.template.template for task in forward}
+                specs = [task.spec for task in forward]
+                effects.append(Send(PLACEMENT, PlaceTasks(specs, list(templates.values()))))
+        self.actors.flush(effects)
+        if self.ready:
+            for process, values in self.ready.items():
+                if process in self.processes:
+                    effects.append(Send(process, ObjectsReady(values)))
+            self.ready = {}
+        for entry, process, transfer in self.streams:
+            self._transfers.stream(entry, process, transfer, effects)
+        self.streams.clear()
+
+    def export(self, task: TaskEntry) -> None:
+        """What the task refers to is about to be known on another node."""
+        table = self._table
+        for object_id in (*task.spec.inputs, *task.spec.borrowed):
+            table.export(table.know(object_id))
+        if task.template.template.kind == Kind.ACTOR_CREATION:
+            entry = table.entries.get(ids.return_id(task.spec.task_id, 0))
+            if entry is not None:
+                table.export(entry)
+
+    def take_finished(self) -> list[AnyEffect]:
+        """The results for other nodes."""
+        effects: list[AnyEffect] = [
+            Send(origin, TasksFinished(results)) for origin, results in self.finished.items()
+        ]
+        self.finished = {}
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """When the next task's time is up."""
+        while self._deadlines and self._deadlines[0][1] not in self.entries:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def overdue(self) -> list[TaskEntry]:
+        """Tasks whose time is up."""
+        tasks = []
+        while self._deadlines and self._deadlines[0][0] <= self.now:
+            task = self.entries.get(heapq.heappop(self._deadlines)[1])
+            if task is not None:
+                tasks.append(task)
+        return tasks
+
+    def validate(self) -> None:
+        """Assert the invariants of the tasks' life."""
+        for task_id, task in self.entries.items():
+            assert task.spec.task_id == task_id and task.phase != Phase.DONE
+            if task.phase == Phase.WAITING:
+                assert task.missing > 0 or task.spec.actor, "waits for nothing"
+            if task.phase == Phase.DISPATCHED:
+                assert task.worker is not None and task.worker.running.get(task_id) is task
+            for object_id in task.spec.inputs:
+                assert object_id in self._table.entries, "an input was forgotten"
+        self.actors.validate()
