@@ -1,0 +1,470 @@
+"""The node machine in a whole cluster of machines: events in, effects out, ``validate`` after each step."""
+
+import msgspec
+import pytest
+
+from tests.core.harness import Harness, Worker, ok, template
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.machine import Received
+from trio_ray.runtime.core.messages import (
+    ActorHandles,
+    Blocked,
+    CancelScope,
+    CancelTasks,
+    CreateObject,
+    KillActor,
+    ObjectCreated,
+    Output,
+    References,
+    ReturnTasks,
+    RunTasks,
+    SealObjects,
+    Status,
+    SubmitTasks,
+    TakeBack,
+    TaskResult,
+    Unpin,
+    WaitObjects,
+    Where,
+)
+from trio_ray.runtime.core.spec import Kind, TaskSpec
+
+NOOP = template("noop")
+
+
+def kind_of(payload: bytes) -> str:
+    assert payload[:1] == b"\x03"
+    return str(msgspec.msgpack.decode(payload[1:])[0])
+
+
+def sent(harness: Harness, kind: type) -> list[object]:
+    return [effect.message for _, effect in harness.log if isinstance(getattr(effect, "message", None), kind)]
+
+
+def test_tasks_run_and_their_results_are_pushed_to_the_submitter() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    refs = driver.submit(*[driver.spec(NOOP) for _ in range(100)], templates=[NOOP])
+    harness.run()
+    assert [driver.values[ref].payload for ref in refs] == [b"\x00N."] * 100
+
+
+def test_dropped_results_leave_nothing_behind() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    refs = driver.submit(*[driver.spec(NOOP) for _ in range(10)], templates=[NOOP])
+    harness.advance(1.0)
+    driver.send(References([], refs))
+    harness.advance(1.0)
+    assert harness.machines["n:0"].table.entries == {}
+    assert harness.machines["n:0"].tasks.entries == {}
+
+
+def test_a_reference_dropped_before_the_task_is_done_discards_the_result() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    harness.hold = True
+    refs = driver.submit(driver.spec(NOOP), templates=[NOOP])
+    harness.run()
+    driver.send(References([], refs))
+    harness.run()
+    harness.hold = False
+    harness.run()
+    assert refs[0] not in driver.values
+    assert harness.machines["n:0"].table.entries == {}
+
+
+def test_a_chain_of_tasks_runs_in_order() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    seen: list[tuple[bytes, ...]] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
+        seen.append(spec.inputs)
+        return ok(spec)
+
+    harness.behave = behave
+    specs = [driver.spec(NOOP)]
+    for _ in range(20):
+        specs.append(driver.spec(NOOP, ids.return_id(specs[-1].task_id, 0)))
+    driver.submit(*specs, templates=[NOOP])
+    harness.run()
+    assert seen == [spec.inputs for spec in specs]
+
+
+def test_a_failed_input_fails_the_task_at_once_with_the_same_error() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: (
+        TaskResult(spec.task_id, Status.ERROR, (Output(b"\x02boom"),), 1.0, 0.1) if spec.args == b"bad" else None
+    )
+    slow, bad = driver.spec(NOOP), driver.spec(NOOP, args=b"bad")
+    needs = driver.spec(NOOP, ids.return_id(slow.task_id, 0), ids.return_id(bad.task_id, 0))
+    driver.submit(slow, bad, needs, templates=[NOOP])
+    harness.run()
+    value = driver.values[ids.return_id(needs.task_id, 0)]
+    assert value.error and value.payload == b"\x02boom"
+
+
+def test_a_crashed_worker_costs_a_retry_then_an_error() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    of = template("crash", max_retries=2)
+    runs = 0
+
+    def behave(worker: Worker, spec: TaskSpec) -> None:
+        nonlocal runs
+        runs += 1
+        harness.kill(worker.process, "killed by SIGSEGV")
+
+    harness.behave = behave
+    ref = driver.submit(driver.spec(of), templates=[of])[0]
+    harness.run()
+    assert runs == 3
+    assert kind_of(driver.values[ref].payload) == "WorkerCrashedError"
+    assert b"SIGSEGV" in driver.values[ref].payload
+
+
+def test_what_waited_behind_a_crash_is_not_charged_for_it() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    driver.submit(*[driver.spec(NOOP) for _ in range(4)], templates=[NOOP])
+    harness.run()  # the mean is known now: tasks are dispatched ahead
+    crashed = False
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
+        nonlocal crashed
+        if spec.args == b"crash" and not crashed:
+            crashed = True
+            harness.kill(worker.process, "exit code 1")
+            return None
+        return ok(spec)
+
+    harness.behave = behave
+    refs = driver.submit(driver.spec(NOOP, args=b"crash"), *[driver.spec(NOOP) for _ in range(9)], templates=[])
+    harness.run()
+    errors = [driver.values[ref].error for ref in refs]
+    assert errors == [True] + [False] * 9
+
+
+def test_what_no_node_can_ever_run_fails_with_a_sentence() -> None:
+    harness = Harness(nodes=2)
+    driver = harness.driver()
+    of = template("gpu", resources={"GPU": 1})
+    ref = driver.submit(driver.spec(of), templates=[of])[0]
+    harness.advance(10.0)
+    assert kind_of(driver.values[ref].payload) == "TaskUnschedulableError"
+    assert b"GPU" in driver.values[ref].payload
+
+
+def test_a_task_goes_where_its_resources_are() -> None:
+    harness = Harness(nodes=3, extra={2: {"GPU": 1}})
+    driver = harness.driver()
+    of = template("gpu", resources={"GPU": 0.5})
+    ran: list[str] = []
+    harness.behave = lambda worker, spec: ran.append(worker.process) or ok(spec)  # type: ignore[func-returns-value]
+    refs = driver.submit(driver.spec(of), driver.spec(of), templates=[of])
+    harness.advance(1.0)
+    assert [process.split("/")[0] for process in ran] == ["n:2", "n:2"]
+    assert not any(driver.values[ref].error for ref in refs)
+
+
+def big(harness: Harness, worker: Worker, spec: TaskSpec, size: int) -> TaskResult:
+    """The worker writes a large result into its node's arena."""
+    node = worker.process.split("/")[0]
+    object_id = ids.return_id(spec.task_id, 0)
+
+    machine = harness.machines[node]
+    effects = machine.step([Received(worker.process, CreateObject(object_id, size))], harness.now)
+    offset = next(e.message.offset for e in effects if isinstance(getattr(e, "message", None), ObjectCreated))
+    harness.carry_out(node, [e for e in effects if not isinstance(getattr(e, "message", None), ObjectCreated)])
+    return TaskResult(spec.task_id, Status.OK, (Output(b"", offset, size),), 1.0, 1.0)
+
+
+def test_large_results_cross_nodes_and_are_freed_everywhere() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    far = template("far", resources={"GPU": 1})
+    harness.behave = lambda worker, spec: (
+        big(harness, worker, spec, 50_000) if spec.template == far.template_id else ok(spec)
+    )
+    ref = driver.submit(driver.spec(far), templates=[far])[0]
+    harness.advance(0.1)
+    assert driver.values[ref].where == Where.ELSEWHERE
+    driver.send(WaitObjects([ref]))
+    harness.advance(0.1)
+    assert driver.values[ref].where == Where.SHARED and driver.values[ref].size == 50_000
+    near = driver.spec(NOOP, ref)
+    done = driver.submit(near, templates=[NOOP])[0]
+    harness.advance(0.5)
+    assert not driver.values[done].error
+    for worker in harness.workers.values():
+        if ref in worker.inputs:
+            harness.machines["n:0"].step([], harness.now)
+    driver.send(Unpin([ref]))
+    for worker in list(harness.workers.values()):
+        if ref in worker.inputs:
+            harness.deliver("n:0", Received(worker.process, Unpin([ref])))
+    driver.send(References([], [ref, done]))
+    harness.advance(1.0)
+    for node in ("n:0", "n:1"):
+        assert harness.machines[node].table.entries == {}, node
+        assert harness.machines[node].table.arena.used == 0
+
+
+def test_puts_are_sealed_shared_and_counted() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    object_id = ids.put_id(driver.task_id, 0)
+    driver.send(CreateObject(object_id, 1000))
+    harness.run()
+    assert isinstance(driver.inbox[-1], ObjectCreated)
+    driver.send(SealObjects([(object_id, ())]))
+    driver.send(WaitObjects([object_id]))
+    harness.run()
+    assert driver.values[object_id].where == Where.SHARED
+    driver.send(References([], [object_id]))
+    harness.run()
+    assert harness.machines["n:0"].table.arena.used > 0, "still read"
+    driver.send(Unpin([object_id]))
+    harness.run()
+    assert harness.machines["n:0"].table.arena.used == 0
+
+
+def test_a_full_store_says_so_and_loses_nothing() -> None:
+    harness = Harness(store_bytes=4096)
+    driver = harness.driver()
+    first, second = ids.put_id(driver.task_id, 0), ids.put_id(driver.task_id, 1)
+    driver.send(CreateObject(first, 4000))
+    driver.send(SealObjects([(first, ())]))
+    driver.send(CreateObject(second, 4000))
+    harness.run()
+    assert "no room for 4,000 bytes" in driver.inbox[-1].reason  # type: ignore[union-attr]
+    driver.send(WaitObjects([first]))
+    harness.run()
+    assert driver.values[first].where == Where.SHARED
+
+
+def test_a_dead_driver_leaves_no_tasks_and_no_objects() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    harness.hold = True
+    driver.submit(*[driver.spec(NOOP) for _ in range(10)], templates=[NOOP])
+    object_id = ids.put_id(driver.task_id, 0)
+    driver.send(CreateObject(object_id, 1000))
+    harness.run()
+    harness.kill(driver.process, "killed by SIGKILL")
+    harness.hold = False
+    harness.advance(5.0)
+    node = harness.machines["n:0"]
+    assert node.tasks.entries == {} and node.table.entries == {} and node.table.arena.used == 0
+
+
+def test_a_blocked_worker_lends_its_cpu() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    harness.hold = True
+    driver.submit(driver.spec(NOOP), driver.spec(NOOP), templates=[NOOP])
+    harness.run()
+    blocked = next(worker for worker in harness.workers.values() if worker.queue)
+
+    harness.deliver("n:0", Received(blocked.process, Blocked(True)))
+    harness.run()
+    assert sum(bool(worker.queue) for worker in harness.workers.values()) == 2
+    harness.deliver("n:0", Received(blocked.process, Blocked(False)))
+    harness.run()
+    harness.hold = False
+    harness.run()
+    assert harness.machines["n:0"].scheduler.available == {"CPU": 10_000}
+
+
+def test_unstarted_tasks_are_taken_back_from_a_stalled_worker() -> None:
+    harness = Harness(cpus=2)
+    driver = harness.driver()
+    driver.submit(*[driver.spec(NOOP) for _ in range(20)], templates=[NOOP])
+    harness.run()
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
+        return None if spec.args == b"slow" else ok(spec)
+
+    harness.behave = behave
+    refs = driver.submit(driver.spec(NOOP, args=b"slow"), *[driver.spec(NOOP) for _ in range(19)], templates=[])
+    harness.advance(0.1)
+    assert sent(harness, TakeBack), "nothing was taken back"
+    assert sum(ref in driver.values for ref in refs) == 19
+
+
+def test_cancelling_a_scope_ends_what_is_queued_running_and_yet_to_come() -> None:
+    harness = Harness(nodes=2, cpus=1)
+    driver = harness.driver()
+    scope = ids.child_scope(driver.scope, driver.task_id, 0)
+    harness.hold = True
+    inside = [driver.spec(NOOP, scope=scope) for _ in range(6)]
+    outside = driver.spec(NOOP)
+    refs = driver.submit(*inside, outside, templates=[NOOP])
+    harness.run()
+    driver.send(CancelScope(scope))
+    harness.run()
+    harness.hold = False
+    late = driver.spec(NOOP, scope=ids.child_scope(scope, b"x" * 16, 1))
+    late_ref = driver.submit(late, templates=[])[0]
+    harness.advance(5.0)
+    for ref in [*refs[:-1], late_ref]:
+        assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
+    assert not driver.values[refs[-1]].error
+
+
+def test_cancelling_a_task_reaches_its_children() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    harness.hold = True
+    parent = driver.spec(NOOP)
+    ref = driver.submit(parent, templates=[NOOP])[0]
+    harness.run()
+    worker = next(worker for worker in harness.workers.values() if worker.queue)
+    child = msgspec.structs.replace(
+        driver.spec(NOOP), task_id=ids.child_task_id(ids.children_prefix(parent.task_id), 0), submitter=worker.process
+    )
+    harness.deliver("n:0", Received(worker.process, SubmitTasks([child])))
+    harness.run()
+    driver.send(CancelTasks([parent.task_id]))
+    harness.run()
+    assert harness.machines["n:0"].tasks.entries == {}
+    assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
+
+
+CREATE = template("Counter", kind=Kind.ACTOR_CREATION, held=())
+CALL = template("Counter.add", kind=Kind.ACTOR_CALL, num_cpus=0)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_actor_calls_run_in_order_wherever_the_actor_is(remote: bool) -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1} if remote else {})
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    seen: list[tuple[str, bytes]] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
+        if spec.actor:
+            seen.append((worker.process, spec.args))
+        return ok(spec)
+
+    harness.behave = behave
+    creation = driver.spec(create)
+    slow = driver.spec(NOOP)
+    calls = [driver.spec(CALL, actor=creation.task_id, args=b"%d" % i) for i in range(20)]
+    calls[5] = driver.spec(CALL, ids.return_id(slow.task_id, 0), actor=creation.task_id, args=b"5")
+    driver.submit(creation, templates=[create])
+    refs = driver.submit(*calls, templates=[CALL])
+    driver.submit(slow, templates=[NOOP])
+    harness.advance(3.0)
+    assert [args for _, args in seen] == [b"%d" % i for i in range(20)]
+    assert len({process for process, _ in seen}) == 1
+    assert seen[0][0].startswith("n:1" if remote else "n:0")
+    assert not any(driver.values[ref].error for ref in refs)
+    driver.send(References([], [*refs, ids.return_id(slow.task_id, 0)]))
+    driver.send(ActorHandles([], [creation.task_id]))
+    harness.advance(3.0)
+    assert seen[0][0] not in harness.workers, "the actor outlived its last handle"
+    for node in ("n:0", "n:1"):
+        assert harness.machines[node].table.entries == {}
+        assert harness.machines[node].scheduler.available == dict(harness.machines[node].info.resources)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_calls_of_a_killed_actor_fail(remote: bool) -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1} if remote else {})
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    creation = driver.spec(create)
+    driver.submit(creation, templates=[create])
+    first = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
+    harness.advance(1.0)
+    assert not driver.values[first].error
+    driver.send(KillActor(creation.task_id))
+    harness.advance(1.0)
+    second = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
+    harness.advance(1.0)
+    assert kind_of(driver.values[second].payload) == "ActorDiedError"
+
+
+def test_a_failing_constructor_fails_the_calls() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: TaskResult(spec.task_id, Status.ERROR, (Output(b"\x02no"),), 1.0, 1.0)
+    creation = driver.spec(CREATE)
+    driver.submit(creation, templates=[CREATE])
+    ref = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
+    harness.advance(1.0)
+    assert driver.values[ref].error
+    assert harness.machines["n:0"].scheduler.available == {"CPU": 20_000}
+
+
+def test_tasks_spread_over_nodes_when_they_are_long() -> None:
+    harness = Harness(nodes=3, cpus=2)
+    driver = harness.driver()
+    harness.hold = True
+    driver.submit(*[driver.spec(NOOP) for _ in range(6)], templates=[NOOP])
+    harness.advance(0.5)
+    busy = [process.split("/")[0] for process, worker in harness.workers.items() if worker.queue]
+    assert sorted(busy) == ["n:0", "n:0", "n:1", "n:1", "n:2", "n:2"]
+    harness.hold = False
+    harness.advance(0.5)
+    assert len(driver.values) == 6
+
+
+def test_borrowed_references_stay_alive_until_the_borrower_lets_go() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    far = template("far", resources={"GPU": 1})
+    kept: list[str] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
+        if spec.borrowed:  # it keeps the reference beyond its end
+            kept.append(worker.process)
+            harness.deliver(worker.process.split("/")[0], Received(worker.process, References(list(spec.borrowed), [])))
+        return ok(spec)
+
+    harness.behave = behave
+    ref = driver.submit(driver.spec(NOOP), templates=[NOOP])[0]
+    harness.run()
+    lent = driver.submit(driver.spec(far, borrowed=(ref,)), templates=[far])[0]
+    harness.run()
+    driver.send(References([], [ref, lent]))
+    harness.advance(1.0)
+    assert ref in harness.machines["n:0"].table.entries, "freed while it was borrowed"
+    harness.deliver("n:1", Received(kept[0], References([], [ref])))
+    harness.advance(1.0)
+    assert harness.machines["n:0"].table.entries == {}
+    assert harness.machines["n:1"].table.entries == {}
+
+
+def test_a_function_reaches_nodes_that_never_saw_its_caller() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    far = template("far", resources={"GPU": 1})
+    driver.submit(driver.spec(far), templates=[far])
+    harness.advance(0.5)
+    runs = [message for message in sent(harness, RunTasks) if message.functions]  # type: ignore[attr-defined]
+    assert [f.function_id for message in runs for f in message.functions] == [far.function_id]  # type: ignore[attr-defined]
+
+
+def test_a_worker_gives_back_what_it_has_not_begun() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    driver.submit(*[driver.spec(NOOP) for _ in range(5)], templates=[NOOP])
+    harness.run()
+    harness.hold = True
+    refs = driver.submit(*[driver.spec(NOOP) for _ in range(10)], templates=[])
+    harness.run()
+    worker = next(worker for worker in harness.workers.values() if worker.queue)
+    back = [spec.task_id for spec in list(worker.queue)[1:]]
+
+    while len(worker.queue) > 1:
+        worker.queue.pop()
+    harness.deliver("n:0", Received(worker.process, ReturnTasks(back)))
+    harness.deliver("n:0", Received(worker.process, Blocked(True)))
+    harness.run()
+    harness.hold = False
+    harness.run()
+    assert all(ref in driver.values for ref in refs)
