@@ -40,6 +40,8 @@ from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry, WorkerEntry
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
 
+FIRST = ids.return_id(b"", 0)
+"""What a task's id is followed by in the id of its first result."""
 SYSTEM_ERROR = b"\x03"
 """First byte of a payload that holds an error of the system's own: a kind (the exception's name) and a sentence."""
 
@@ -103,16 +105,21 @@ class Tasks:
         if message.templates or message.functions:
             self.learn(message.templates, message.functions)
         table, entries, templates, now = self._table, self.entries, self.templates, self.now
+        objects, solo = table.entries, table.solo(source)
         kept: dict[bytes, int] = {}
         """By template: how many more tasks of this batch stay here. Tasks with inputs are asked about one by one."""
         for spec in message.specs:
             task_id = spec.task_id
             template = templates[spec.template]
-            if task_id in entries or self._made_before(source, spec, template):
+            first = task_id + FIRST
+            if task_id in entries or (first in objects and self._made_before(source, spec, template)):
                 continue
-            task = entries[task_id] = TaskEntry(spec, template, "", now)
-            for index in range(template.template.num_returns):
-                table.expect(task_id + index.to_bytes(4, "big"), source)
+            task = entries[task_id] = TaskEntry(spec, template, "", now, template.template.max_retries)
+            if template.template.num_returns == 1 and first not in objects:
+                objects[first] = ObjectEntry(first, solo)
+            else:
+                for index in range(template.template.num_returns):
+                    table.expect(ids.return_id(task_id, index), source)
             if spec.inputs or spec.borrowed:
                 for object_id in spec.inputs:
                     table.pin(table.know(object_id))
@@ -170,7 +177,9 @@ class Tasks:
                 else:
                     own.origin = message.origin if message.origin != self._node else own.origin
                 continue
-            task = self.entries[spec.task_id] = TaskEntry(spec, template, message.origin, self.now)
+            task = self.entries[spec.task_id] = TaskEntry(
+                spec, template, message.origin, self.now, template.template.max_retries
+            )
             if self.cancelled and self._is_cancelled(spec):
                 self.fail(task, "TaskCancelledError", f"{template.template.name} arrived in a cancelled scope")
             elif template.template.kind != Kind.ACTOR_CALL or spec.actor in self.actors.local:
@@ -330,13 +339,12 @@ class Tasks:
     def _store(self, spec: TaskSpec, result: TaskResult, process: Address) -> None:
         """Results of a task that this node owns, made here."""
         entries, table = self._table.entries, self._table
-        index = 0
         failed = result.status != Status.OK
-        for output in result.outputs:
-            entry = entries.get(spec.task_id + index.to_bytes(4, "big"))
-            index += 1
+        for index, output in enumerate(result.outputs):
+            object_id = spec.task_id + (index.to_bytes(4, "big") if index else FIRST)
+            entry = entries.get(object_id)
             if output.offset >= 0:
-                entry = table.unsealed_by(process, spec.task_id + (index - 1).to_bytes(4, "big"))
+                entry = table.unsealed_by(process, object_id)
                 if entry is None:
                     continue
                 table.seal(entry, State.SHARED, size=output.size, contained=output.contained)

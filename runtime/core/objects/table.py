@@ -14,11 +14,14 @@ hears of it: most results of short tasks live and die so.
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 
+import msgspec
+
 from trio_ray.runtime.core.messages import Address, ObjectUpdate, Value, Where
 from trio_ray.runtime.core.objects.arena import Arena
 from trio_ray.runtime.core.objects.references import HoldLedger
 
 Waiter = Callable[["ObjectEntry"], None]
+"""Called once, when the object is here, or known to be an error."""
 
 
 class State(IntEnum):
@@ -34,38 +37,35 @@ class State(IntEnum):
     ELSEWHERE = 4
 
 
-class ObjectEntry:
-    """One object. Plain attributes: the hot path reads and writes them directly."""
+class ObjectEntry(msgspec.Struct, gc=False, eq=False):
+    """One object. The hot path reads and writes its fields directly.
 
-    __slots__ = (
-        "contained", "doomed", "error", "exported", "held", "holders", "logged", "nodes", "object_id", "offset",
-        "on_free", "payload", "pins", "primary", "size", "state", "uses", "waiters",
-    )  # fmt: skip
+    A struct only because C code fills it in: a node makes one of these, and one ``TaskEntry``, for every task.
+    """
 
-    def __init__(self, object_id: bytes, holders: tuple[Address, ...] = (), exported: bool = False) -> None:
-        self.object_id = object_id
-        self.state = State.PENDING
-        self.holders = holders
-        self.exported = exported
-        self.pins = 0
-        self.uses = 0
-        self.size = 0
-        self.offset = -1
-        self.payload = b""
-        self.error = False
-        self.primary = False
-        """Made here, so never evicted."""
-        self.held = False
-        """Counted as this node's hold by the control store."""
-        self.doomed = False
-        """Freed by the control store; waits for its last use to end."""
-        self.logged = 0
-        """Return values of its task, if that task's lineage is in the task table; else 0."""
-        self.on_free: Waiter | None = None
-        """Called when the object is gone; the life of an actor is tied to the result of its creation."""
-        self.contained: tuple[bytes, ...] = ()
-        self.nodes: tuple[Address, ...] = ()
-        self.waiters: list[Waiter] | None = None
+    object_id: bytes
+    holders: tuple[Address, ...] = ()
+    exported: bool = False
+    state: State = State.PENDING
+    pins: int = 0
+    uses: int = 0
+    size: int = 0
+    offset: int = -1
+    payload: bytes = b""
+    error: bool = False
+    primary: bool = False
+    """Made here, so never evicted."""
+    held: bool = False
+    """Counted as this node's hold by the control store."""
+    doomed: bool = False
+    """Freed by the control store; waits for its last use to end."""
+    logged: int = 0
+    """Return values of its task, if that task's lineage is in the task table; else 0."""
+    contained: tuple[bytes, ...] = ()
+    nodes: tuple[Address, ...] = ()
+    waiters: list[Waiter] | None = None
+    on_free: Waiter | None = None
+    """Called when the object is gone; the life of an actor is tied to the result of its creation."""
 
     @property
     def local(self) -> bool:
@@ -100,13 +100,17 @@ class ObjectTable:
         """An object that a task submitted by ``process`` will make; the process holds it from the start."""
         entry = self.entries.get(object_id)
         if entry is None:
-            solo = self._solo.get(process)
-            if solo is None:
-                solo = self._solo[process] = (process,)
-            entry = self.entries[object_id] = ObjectEntry(object_id, solo)
+            entry = self.entries[object_id] = ObjectEntry(object_id, self.solo(process))
         else:
             self.hold(entry, process)
         return entry
+
+    def solo(self, process: Address) -> tuple[Address, ...]:
+        """The holders of an object that only ``process`` holds: one tuple for all of those."""
+        solo = self._solo.get(process)
+        if solo is None:
+            solo = self._solo[process] = (process,)
+        return solo
 
     def know(self, object_id: bytes) -> ObjectEntry:
         """The entry of an object that something here refers to; one unknown until now was born elsewhere."""
@@ -123,8 +127,9 @@ class ObjectTable:
 
     def unhold(self, entry: ObjectEntry, process: Address) -> None:
         """``process`` dropped its last reference."""
-        if process in entry.holders:
-            entry.holders = tuple(holder for holder in entry.holders if holder != process)
+        holders = entry.holders
+        if process in holders:
+            entry.holders = () if len(holders) == 1 else tuple(other for other in holders if other != process)
             if not entry.holders and not entry.pins:
                 self._lost(entry)
 

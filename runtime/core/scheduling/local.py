@@ -12,6 +12,8 @@ itself).
 from collections import deque
 from enum import IntEnum
 
+import msgspec
+
 from trio_ray.runtime.core.effects import AnyEffect, Send, StartWorker, StopWorker
 from trio_ray.runtime.core.messages import Address, Function, Load, RunTasks, TakeBack, Value
 from trio_ray.runtime.core.objects.table import ObjectTable
@@ -68,31 +70,27 @@ QueueKey = tuple[Resources, Resources]
 """What a task needs to be placed, and what it holds while it runs."""
 
 
-class TaskEntry:
-    """A task that is not done. Plain attributes: the hot path reads and writes them directly."""
+class TaskEntry(msgspec.Struct, gc=False, eq=False):
+    """A task that is not done. The hot path reads and writes its fields directly (see ``ObjectEntry``)."""
 
-    __slots__ = ("dispatched_at", "logged", "missing", "node", "origin", "phase", "reason", "retries", "spec",
-                 "submitted_at", "template", "using", "worker")  # fmt: skip
-
-    def __init__(self, spec: TaskSpec, template: TemplateEntry, origin: Address, now: float) -> None:
-        self.spec = spec
-        self.template = template
-        self.origin = origin
-        """The node that waits for its results; empty when it was submitted here."""
-        self.phase = Phase.WAITING
-        self.using = False
-        """Its inputs are kept in place for it."""
-        self.missing = 0
-        """Inputs (and its function) that are not here yet."""
-        self.node: Address = ""
-        """Where it was forwarded to, once known."""
-        self.worker: WorkerEntry | None = None
-        self.retries = template.template.max_retries
-        self.submitted_at = now
-        self.dispatched_at = 0.0
-        self.reason = ""
-        self.logged = False
-        """Its lineage is in the task table."""
+    spec: TaskSpec
+    template: TemplateEntry
+    origin: Address
+    """The node that waits for its results; empty when it was submitted here."""
+    submitted_at: float
+    retries: int
+    phase: Phase = Phase.WAITING
+    using: bool = False
+    """Its inputs are kept in place for it."""
+    missing: int = 0
+    """Inputs (and its function) that are not here yet."""
+    node: Address = ""
+    """Where it was forwarded to, once known."""
+    worker: "WorkerEntry | None" = None
+    dispatched_at: float = 0.0
+    reason: str = ""
+    logged: bool = False
+    """Its lineage is in the task table."""
 
 
 class WorkerEntry:
