@@ -465,6 +465,8 @@ class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
     object_id: bytes
     size: int
     nodes: tuple[Address, ...]
+    """Those that have a copy. None: every copy was lost with its node; told to those who ask and to those who hold it,
+    and told again with nodes should it be made again."""
 
 
 class ObjectsLocated(Message, frozen=True):
@@ -474,11 +476,17 @@ class ObjectsLocated(Message, frozen=True):
 
 
 class HoldObjects(Message, frozen=True):
-    """The sending node holds references to ``added`` and no longer to ``removed``; acknowledged by ``HoldsCounted``."""
+    """The sending node holds references to ``added`` and ``born`` and no longer to ``removed``; acknowledged by
+    ``HoldsCounted`` unless ``number`` is 0.
+
+    Each object is in ``born`` once: when the node that owns it (its putter's, or its task's submitter's) first tells of
+    it. Until then the object is not freed, however the holds of other nodes come and go on faster links.
+    """
 
     number: int
     added: list[bytes]
     removed: list[bytes]
+    born: list[bytes] = []
 
 
 class HoldsCounted(Message, frozen=True):

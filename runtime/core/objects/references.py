@@ -20,14 +20,15 @@ class HoldLedger:
         self._shards = shards
         self._number = 0
         self._added: list[bytes] = []
+        self._born: list[bytes] = []
         self._removed: list[bytes] = []
         self._unacknowledged: dict[int, None] = {}
         self._held_back: deque[tuple[int, list[bytes], list[AnyEffect]]] = deque()
         """Removals and effects, each with the last number that must be acknowledged before they may leave."""
 
-    def add(self, object_id: bytes) -> None:
-        """This node now holds the object."""
-        self._added.append(object_id)
+    def add(self, object_id: bytes, *, born: bool = False) -> None:
+        """This node now holds the object; ``born``: it owns it, and tells of it for the first time."""
+        (self._born if born else self._added).append(object_id)
 
     def remove(self, object_id: bytes) -> None:
         """This node no longer holds the object."""
@@ -36,7 +37,7 @@ class HoldLedger:
     @property
     def adding(self) -> bool:
         """Whether this step announced a hold."""
-        return bool(self._added)
+        return bool(self._added or self._born)
 
     def acknowledge(self, number: int) -> None:
         """The control store has counted the batch ``number``."""
@@ -45,12 +46,15 @@ class HoldLedger:
     def flush(self, after_adds: list[AnyEffect]) -> list[AnyEffect]:
         """What may leave now: this step's additions, and every removal and ``after_adds`` whose turn has come."""
         effects: list[AnyEffect] = []
-        if self._added:
-            for shard, added in self._by_shard(self._added):
+        if self._added or self._born:
+            born = dict(self._by_shard(self._born))
+            batches = {shard: (added, born.pop(shard, [])) for shard, added in self._by_shard(self._added)}
+            batches.update({shard: ([], those) for shard, those in born.items()})
+            for shard, (added, those) in batches.items():
                 self._number += 1
                 self._unacknowledged[self._number] = None
-                effects.append(Send(control_address(shard), HoldObjects(self._number, added, [])))
-            self._added = []
+                effects.append(Send(control_address(shard), HoldObjects(self._number, added, [], those)))
+            self._added, self._born = [], []
         if self._removed or after_adds:
             self._held_back.append((self._number, self._removed, after_adds))
             self._removed = []

@@ -163,7 +163,7 @@ class ObjectTable:
         entry.exported = True
         if entry.holders or entry.pins:
             entry.held = True
-            self.ledger.add(entry.object_id)
+            self.ledger.add(entry.object_id, born=True)
         if entry.local:
             self.updates.append(ObjectUpdate(entry.object_id, entry.size, entry.contained))
         for object_id in entry.contained:
