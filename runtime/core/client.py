@@ -1,0 +1,328 @@
+"""What a driver or worker process knows of its node: references, values that are ready, messages to send.
+
+The state sits here; sockets, clocks and user data sit in the shell that owns the core. User code touches the core from
+any thread, and references die whenever Python pleases, so everything that user code does is one ``append``, which the
+interpreter makes atomic; the logs are read by ``take``, which only one thread may be in at a time, as in ``receive``.
+
+How references are counted. The process counts its own ``ObjectRef``s; the node is told of the first and the last of
+an object. Whoever submits a task or puts an object holds its reference without saying so. One that came out of a
+value is logged in ``made`` and told to the node only if it is still alive at the next ``take``: until then the
+container it came from keeps it alive. ``take`` reads the log of drops first, then the log of made ones, then what is
+to be sent: a drop that it sees then has its making, and everything that was submitted before it, in the same batch,
+and the batch tells the drops last.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
+
+from trio_ray.runtime.core.messages import (
+    Address,
+    Answer,
+    AnyMessage,
+    CreateFailed,
+    CreateObject,
+    Function,
+    ObjectCreated,
+    ObjectsReady,
+    PutObjects,
+    Query,
+    References,
+    SubmitTasks,
+    TasksDone,
+    Unpin,
+    Value,
+    WaitObjects,
+    Where,
+)
+from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
+
+Put = tuple[bytes, bytes, tuple[bytes, ...]]
+Item = TaskSpec | TaskTemplate | Function | Put | AnyMessage
+"""What waits to be sent, in order; ``take`` makes batches of neighbours of one kind."""
+
+
+def _nothing_owned(value: Value) -> object:
+    return None
+
+
+class ClientCore:
+    """The client side of the link between a process and its node."""
+
+    def __init__(self, process: Address, adopt: Callable[[Value], object] = _nothing_owned) -> None:
+        self.process = process
+        self._adopt = adopt
+        """Makes the owner of a ``SHARED`` value's read pin, as soon as the value arrives: when the owner dies, the
+        shell appends the object's id to ``unpinned``."""
+        self.counts: dict[bytes, int] = {}
+        """How many ``ObjectRef``s this process has, as of the last ``take``."""
+        self.values: dict[bytes, Value | None] = {}
+        """Objects that are ready; None for those of which the node will tell without being asked (again)."""
+        self.owners: dict[bytes, object] = {}
+        """What ``adopt`` made for the values in ``values``."""
+        self.made: deque[bytes] = deque()
+        self.dropped: deque[bytes] = deque()
+        self.unpinned: deque[bytes] = deque()
+        self.out: list[Item] = []
+        self.streams: dict[int, Value] = {}
+        """Values whose bytes are arriving, by transfer."""
+        self.failure = ""
+        """Why the link is closed; empty while it is open."""
+        self._fetching: set[bytes] = set()
+        """Objects whose bytes were asked for after they were told to exist."""
+        self._wishes: set[bytes] = set()
+        """Objects whose bytes are to be asked for if the node tells only that they exist."""
+        self._watchers: dict[bytes, list[Callable[[], None]]] = {}
+        self._creating: dict[bytes, Callable[[ObjectCreated | CreateFailed], None]] = {}
+        self._asking: dict[int, Callable[[Answer], None]] = {}
+        self._numbers = count(1)
+
+    # -- what user code does: from any thread, one atomic append each -------------------------------------------
+
+    def submit(self, spec: TaskSpec, returns: Iterable[bytes]) -> None:
+        """Run a task whose return values are ``returns``; this process holds one reference to each."""
+        for object_id in returns:
+            self.counts[object_id] = self.counts.get(object_id, 0) + 1
+            self.values.setdefault(object_id)
+        self.out.append(spec)
+
+    def put(self, object_id: bytes, payload: bytes, contained: tuple[bytes, ...]) -> None:
+        """Store a small object; this process holds one reference to it, and its value already."""
+        self.own(object_id, Value(object_id, Where.INLINE, payload, 0, len(payload)))
+        self.out.append((object_id, payload, contained))
+
+    def own(self, object_id: bytes, value: Value) -> None:
+        """This process put an object and holds one reference, which the node knows of."""
+        self.counts[object_id] = self.counts.get(object_id, 0) + 1
+        self.values[object_id] = value
+
+    def send(self, item: Item) -> None:
+        """Anything else, after what was sent before; a template or function goes before its first task."""
+        self.out.append(item)
+
+    def want(self, object_ids: Iterable[bytes], *, fetch: bool) -> None:
+        """Ask for those objects that the node will not tell of by itself; with ``fetch``, for their bytes too."""
+        values, wishes = self.values, self._wishes
+        ask: list[bytes] = []
+        for object_id in object_ids:
+            value = values.get(object_id)
+            if value is None:
+                if object_id not in values:
+                    values[object_id] = None
+                    ask.append(object_id)
+                if fetch:
+                    wishes.add(object_id)
+            elif fetch and value.where == Where.ELSEWHERE and object_id not in self._fetching:
+                self._fetching.add(object_id)
+                ask.append(object_id)
+        if ask:
+            self.out.append(WaitObjects(ask, fetch))
+
+    def readable(self, object_id: bytes) -> bool:
+        """Whether the object's bytes (or its error) are here."""
+        value = self.values.get(object_id)
+        return value is not None and value.where != Where.ELSEWHERE
+
+    def watch(self, object_id: bytes, callback: Callable[[], None]) -> None:
+        """Call back (from ``receive``, ``streamed`` or ``lost``) at the next news of the object."""
+        self._watchers.setdefault(object_id, []).append(callback)
+
+    def unwatch(self, object_id: bytes, callback: Callable[[], None]) -> None:
+        """Take back a ``watch``; one that was called is ignored."""
+        callbacks = self._watchers.get(object_id)
+        if callbacks and callback in callbacks:
+            callbacks.remove(callback)
+            if not callbacks:
+                self._watchers.pop(object_id, None)
+
+    def create(self, object_id: bytes, size: int, callback: Callable[[ObjectCreated | CreateFailed], None]) -> None:
+        """Ask for ``size`` bytes of the arena."""
+        self._creating[object_id] = callback
+        self.out.append(CreateObject(object_id, size))
+
+    def ask(self, subject: str, argument: str, callback: Callable[[Answer], None]) -> None:
+        """Ask for a view of the cluster."""
+        number = next(self._numbers)
+        self._asking[number] = callback
+        self.out.append(Query(number, subject, argument))
+
+    @property
+    def pending(self) -> bool:
+        """Whether ``take`` has anything to do."""
+        return bool(self.out or self.dropped or self.made or self.unpinned)
+
+    # -- what the shell does: one thread at a time ---------------------------------------------------------------
+
+    def take(self, done: TasksDone | None = None) -> list[AnyMessage]:
+        """What is to be sent now, as one frame. A worker's results stand after the references they may carry are
+        held, and before those it dropped are let go."""
+        dropped = self._drain(self.dropped)
+        made = self._drain(self.made)
+        messages: list[AnyMessage] = []
+        if self.out:
+            self._batch(messages)
+        added: list[bytes] = []
+        removed: list[bytes] = []
+        if made or dropped:
+            added, removed = self._count(made, dropped)
+        if done is not None:
+            if added:
+                messages.append(References(added, []))
+                added = []
+            messages.append(done)
+        if added or removed:
+            messages.append(References(added, removed))
+        if self.unpinned:
+            messages.append(Unpin(self._drain(self.unpinned)))
+        return messages
+
+    @staticmethod
+    def _drain(log: deque[bytes]) -> list[bytes]:
+        if not log:
+            return []
+        pop = log.popleft
+        return [pop() for _ in range(len(log))]
+
+    def _batch(self, messages: list[AnyMessage]) -> None:
+        items = self.out[:]
+        del self.out[: len(items)]
+        specs: list[TaskSpec] = []
+        templates: list[TaskTemplate] = []
+        functions: list[Function] = []
+        puts: list[Put] = []
+        for item in items:
+            kind = type(item)
+            if kind is TaskSpec:
+                specs.append(item)  # type: ignore[arg-type]
+            elif kind is tuple:
+                # A put may come before tasks that were submitted earlier, unless it holds references to their results.
+                if item[2] and specs:  # type: ignore[index]
+                    self._close(messages, puts, specs, templates, functions)
+                    specs, templates, functions, puts = [], [], [], []
+                puts.append(item)  # type: ignore[arg-type]
+            elif kind is TaskTemplate:
+                templates.append(item)  # type: ignore[arg-type]
+            elif kind is Function:
+                functions.append(item)  # type: ignore[arg-type]
+            else:
+                if specs or puts:
+                    self._close(messages, puts, specs, templates, functions)
+                    specs, templates, functions, puts = [], [], [], []
+                messages.append(item)  # type: ignore[arg-type]
+        if specs or puts or templates or functions:
+            self._close(messages, puts, specs, templates, functions)
+
+    @staticmethod
+    def _close(
+        messages: list[AnyMessage], puts: list[Put], specs: list[TaskSpec], templates: list[TaskTemplate],
+        functions: list[Function],
+    ) -> None:  # fmt: skip
+        if puts:
+            messages.append(PutObjects(puts))
+        if specs or templates or functions:
+            messages.append(SubmitTasks(specs, templates, functions))
+
+    def _count(self, made: list[bytes], dropped: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        counts = self.counts
+        fresh: dict[bytes, None] = {}
+        for object_id in made:
+            have = counts.get(object_id)
+            if have is None:
+                counts[object_id] = 1
+                fresh[object_id] = None
+            else:
+                counts[object_id] = have + 1
+        removed: list[bytes] = []
+        for object_id in dropped:
+            have = counts.get(object_id)
+            if have is None:
+                continue
+            if have > 1:
+                counts[object_id] = have - 1
+                continue
+            del counts[object_id]
+            self.values.pop(object_id, None)
+            self.owners.pop(object_id, None)
+            self._wishes.discard(object_id)
+            self._fetching.discard(object_id)
+            if fresh and object_id in fresh:
+                del fresh[object_id]
+            else:
+                removed.append(object_id)
+        return list(fresh), removed
+
+    def receive(self, messages: Iterable[AnyMessage]) -> list[AnyMessage]:
+        """Take in what the node says; answers with those messages that are for a worker."""
+        others: list[AnyMessage] = []
+        for message in messages:
+            kind = type(message)
+            if kind is ObjectsReady:
+                self._ready(message.values)  # type: ignore[union-attr]
+            elif kind is ObjectCreated or kind is CreateFailed:
+                create = self._creating.pop(message.object_id, None)  # type: ignore[union-attr]
+                if create is not None:
+                    create(message)  # type: ignore[arg-type]
+            elif kind is Answer:
+                asked = self._asking.pop(message.number, None)  # type: ignore[union-attr]
+                if asked is not None:
+                    asked(message)  # type: ignore[arg-type]
+            else:
+                others.append(message)
+        return others
+
+    def _ready(self, news: list[Value]) -> None:
+        values, watchers, wishes = self.values, self._watchers, self._wishes
+        ask: list[bytes] = []
+        for value in news:
+            object_id = value.object_id
+            if value.where == Where.STREAMED:
+                self.streams[value.offset] = value
+                continue
+            if value.where == Where.SHARED:
+                owner = self._adopt(value)  # before anything else: the pin must end even if nobody wants the value
+                if object_id not in values:
+                    continue
+                self.owners[object_id] = owner
+            elif object_id not in values:
+                continue  # its last reference was dropped meanwhile
+            values[object_id] = value
+            if wishes and object_id in wishes:
+                wishes.remove(object_id)
+                if value.where == Where.ELSEWHERE:
+                    self._fetching.add(object_id)
+                    ask.append(object_id)
+            elif self._fetching:
+                self._fetching.discard(object_id)
+            if watchers:
+                callbacks = watchers.pop(object_id, None)
+                if callbacks:
+                    for callback in callbacks:
+                        callback()
+        if ask:
+            self.out.append(WaitObjects(ask))
+
+    def streamed(self, transfer: int, payload: bytes) -> None:
+        """All bytes of a ``STREAMED`` value have arrived."""
+        told = self.streams.pop(transfer)
+        self._ready([Value(told.object_id, Where.INLINE, payload, 0, told.size, told.error)])
+
+    def forget_bytes(self, object_id: bytes) -> None:
+        """The shared bytes were handed to user code, whose views keep them from now on; ask again for another look."""
+        value = self.values.get(object_id)
+        if value is not None and value.where == Where.SHARED:
+            self.values[object_id] = Value(object_id, Where.ELSEWHERE, b"", 0, value.size)
+        self.owners.pop(object_id, None)
+
+    def lost(self, reason: str) -> None:
+        """The link is closed: everybody who waits is told to look."""
+        self.failure = reason
+        creating, self._creating = self._creating, {}
+        for object_id, create in creating.items():
+            create(CreateFailed(object_id, reason))
+        asking, self._asking = self._asking, {}
+        for number, asked in asking.items():
+            asked(Answer(number, b"", reason))
+        watchers, self._watchers = self._watchers, {}
+        for callbacks in watchers.values():
+            for callback in callbacks:
+                callback()

@@ -1,0 +1,226 @@
+"""The client core: references, values, batches."""
+
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.client import ClientCore
+from trio_ray.runtime.core.messages import (
+    AnyMessage,
+    CreateFailed,
+    CreateObject,
+    Function,
+    ObjectCreated,
+    ObjectsReady,
+    PutObjects,
+    References,
+    Status,
+    SubmitTasks,
+    TaskResult,
+    TasksDone,
+    Unpin,
+    Value,
+    WaitObjects,
+    Where,
+)
+from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
+
+TEMPLATE = TaskTemplate(b"t", b"f", "square", Kind.TASK, (), (), 1, 3)
+FUNCTION = Function(b"f", "square", b"")
+ROOT = ids.children_prefix(ids.root_task_id("driver"))
+
+
+class Pin:
+    """Stands for the owner of a read pin."""
+
+    def __init__(self, core: ClientCore, value: Value) -> None:
+        self.core, self.object_id = core, value.object_id
+
+    def __del__(self) -> None:
+        self.core.unpinned.append(self.object_id)
+
+
+def make_core() -> ClientCore:
+    core = ClientCore("n:0/1", lambda value: Pin(core, value))
+    return core
+
+
+def task(number: int, *, inputs: tuple[bytes, ...] = ()) -> tuple[TaskSpec, bytes]:
+    task_id = ids.child_task_id(ROOT, number)
+    return TaskSpec(task_id, b"t", b"", inputs, (), b"scope", "n:0/1"), ids.return_id(task_id, 0)
+
+
+def submit(core: ClientCore, number: int) -> bytes:
+    spec, object_id = task(number)
+    core.submit(spec, [object_id])
+    return object_id
+
+
+def kinds(messages: list[AnyMessage]) -> list[type]:
+    return [type(message) for message in messages]
+
+
+def test_neighbouring_tasks_are_one_message_and_templates_go_once() -> None:
+    core = make_core()
+    core.send(FUNCTION)
+    core.send(TEMPLATE)
+    for number in range(3):
+        submit(core, number)
+    (message,) = core.take()
+    assert isinstance(message, SubmitTasks)
+    assert len(message.specs) == 3 and message.templates == [TEMPLATE] and message.functions == [FUNCTION]
+    submit(core, 3)
+    (message,) = core.take()
+    assert isinstance(message, SubmitTasks) and not message.templates
+    assert core.take() == [] and not core.pending
+
+
+def test_a_put_goes_before_tasks_but_after_those_whose_results_it_holds() -> None:
+    core = make_core()
+    first = submit(core, 0)
+    core.put(b"plain", b"", ())
+    assert kinds(core.take()) == [PutObjects, SubmitTasks]
+    submit(core, 1)
+    core.put(b"holds", b"", (first,))
+    submit(core, 2)
+    assert kinds(core.take()) == [SubmitTasks, PutObjects, SubmitTasks]
+
+
+def test_a_dropped_reference_is_told_after_the_tasks_that_use_it() -> None:
+    core = make_core()
+    used = submit(core, 0)
+    core.take()
+    spec, _ = task(1, inputs=(used,))
+    core.submit(spec, [])
+    core.dropped.append(used)
+    assert core.take() == [SubmitTasks([spec]), References([], [used])]
+    assert used not in core.counts and used not in core.values
+
+
+def test_a_reference_that_came_and_went_between_flushes_is_not_told() -> None:
+    core = make_core()
+    core.made.append(b"brief")
+    core.dropped.append(b"brief")
+    core.made.append(b"kept")
+    assert core.take() == [References([b"kept"], [])]
+    core.made.append(b"kept")
+    core.dropped.append(b"kept")
+    assert core.take() == []
+    core.dropped.append(b"kept")
+    assert core.take() == [References([], [b"kept"])]
+
+
+def test_a_drop_of_what_was_never_counted_is_ignored() -> None:
+    core = make_core()
+    core.dropped.append(b"of an earlier session")
+    assert core.take() == []
+
+
+def test_results_stand_between_added_and_removed_references() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    core.take()
+    core.made.append(b"made")
+    core.dropped.append(mine)
+    done = TasksDone([TaskResult(b"x", Status.OK, ())])
+    assert core.take(done) == [References([b"made"], []), done, References([], [mine])]
+
+
+def test_values_arrive_and_go_with_the_last_reference() -> None:
+    core = make_core()
+    object_id = submit(core, 0)
+    core.take()
+    assert core.values[object_id] is None
+    core.receive([ObjectsReady([Value(object_id, payload=b"1", size=1)])])
+    value = core.values[object_id]
+    assert value is not None and value.payload == b"1" and core.readable(object_id)
+    core.dropped.append(object_id)
+    core.take()
+    core.receive([ObjectsReady([Value(object_id, payload=b"1", size=1)])])
+    assert not core.values
+
+
+def test_only_what_the_node_does_not_tell_by_itself_is_asked_for() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    core.want([mine, b"other", b"other"], fetch=True)
+    assert core.take()[1:] == [WaitObjects([b"other"])]
+    core.want([mine, b"other"], fetch=True)
+    assert core.take() == []
+
+
+def test_the_bytes_of_a_large_result_are_asked_for_as_soon_as_it_exists() -> None:
+    core = make_core()
+    mine, unwanted = submit(core, 0), submit(core, 1)
+    core.take()
+    core.want([mine], fetch=True)
+    news = [Value(mine, Where.ELSEWHERE, size=10**6), Value(unwanted, Where.ELSEWHERE, size=10**6)]
+    core.receive([ObjectsReady(news)])
+    assert not core.readable(mine)
+    assert core.take() == [WaitObjects([mine])]
+    core.want([mine, unwanted], fetch=True)
+    assert core.take() == [WaitObjects([unwanted])]
+    core.receive([ObjectsReady([Value(mine, Where.SHARED, offset=64, size=10**6)])])
+    assert core.readable(mine) and isinstance(core.owners[mine], Pin)
+
+
+def test_a_read_pin_ends_with_its_owner() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    core.take()
+    shared = ObjectsReady([Value(mine, Where.SHARED, offset=64, size=10**6)])
+    core.receive([shared])
+    view = core.owners[mine]
+    core.forget_bytes(mine)
+    assert core.take() == [] and not core.readable(mine)
+    del view
+    assert core.take() == [Unpin([mine])]
+    core.receive([shared])
+    core.dropped.append(mine)
+    assert core.take() == [References([], [mine]), Unpin([mine])]
+    core.receive([shared])
+    assert core.take() == [Unpin([mine])], "nobody wanted it any more"
+
+
+def test_streamed_bytes_are_a_value_when_complete() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    core.receive([ObjectsReady([Value(mine, Where.STREAMED, offset=7, size=3)])])
+    assert not core.readable(mine) and core.streams[7].size == 3
+    core.streamed(7, b"abc")
+    value = core.values[mine]
+    assert value is not None and value.payload == b"abc" and not core.streams
+
+
+def test_watchers_are_called_once() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    calls: list[str] = []
+    taken_back = lambda: calls.append("taken back")  # noqa: E731
+    core.watch(mine, lambda: calls.append("first"))
+    core.watch(mine, taken_back)
+    core.watch(b"never", taken_back)
+    core.unwatch(mine, taken_back)
+    core.unwatch(b"never", taken_back)
+    ready = ObjectsReady([Value(mine)])
+    core.receive([ready, ready])
+    assert calls == ["first"]
+
+
+def test_room_for_a_large_object() -> None:
+    core = make_core()
+    answers: list[ObjectCreated | CreateFailed] = []
+    core.create(b"big", 100, answers.append)
+    assert core.take() == [CreateObject(b"big", 100)]
+    core.receive([ObjectCreated(b"big", 640)])
+    core.create(b"bigger", 200, answers.append)
+    core.receive([CreateFailed(b"bigger", "the object store is full")])
+    assert [type(answer) for answer in answers] == [ObjectCreated, CreateFailed]
+
+
+def test_a_lost_link_wakes_everybody() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    said: list[str] = []
+    core.watch(mine, lambda: said.append("watcher"))
+    core.create(b"big", 100, lambda answer: said.append(getattr(answer, "reason", "")))
+    core.ask("nodes", "", lambda answer: said.append(answer.error))
+    core.lost("the node is gone")
+    assert said == ["the node is gone", "the node is gone", "watcher"] and core.failure == "the node is gone"
