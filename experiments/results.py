@@ -97,7 +97,8 @@ def load(path: Path) -> Result:
         raise ResultError(f"the result file {path} is corrupt ({error}); {again} again") from None
     if result.version != VERSION:
         raise ResultError(
-            f"the result file {path} has version {result.version}, and this trio-ray reads version {VERSION}; {again} again"
+            f"the result file {path} has version {result.version}, but this trio-ray reads version {VERSION}; "
+            f"{again} again"
         )
     return result
 

@@ -102,7 +102,8 @@ def run(options: Options, progress: Progress) -> Result:
         found = trio.run(measure, cpus, real_repeats, options)
         for series, repeats in found.items():
             if options.real:
-                points.append(point(series, "measured", cpus, [sum(s for s, _ in part) / took for took, part in repeats]))
+                rates = [sum(steps for steps, _ in part) / took for took, part in repeats]
+                points.append(point(series, "measured", cpus, rates))
         if cpus == 1:
             runs = [run for repeats in found.values() for _, part in repeats for run in part]
 
@@ -134,7 +135,7 @@ def run(options: Options, progress: Progress) -> Result:
             },
         },
         notes=[
-            "The paper's MPI program is replaced by rounds of the same tasks: the difference shown is the barriers' alone.",
+            "The paper's MPI program is replaced by rounds of the same tasks: what differs is the barriers alone.",
             "The paper does not state how long a run is; a run's length decides how much barriers cost.",
             "Simulated runs draw their seconds from those measured on one CPU of this machine.",
             f"Simulated nodes have up to {CPUS_PER_NODE} CPUs each.",

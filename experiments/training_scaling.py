@@ -186,7 +186,8 @@ def study(
         },
         notes=[
             f"The real run's {NODES} nodes share this machine's {facts['cores']} cores.",
-            "Simulated rollouts draw the processor time of those measured; simulated clusters have one simulator for each CPU.",
+            "Simulated rollouts draw the processor time of those measured.",
+            "Simulated clusters have one simulator for each CPU.",
             f"Simulated nodes have up to {CPUS_PER_NODE} CPUs each.",
         ],
         command=command_line(),

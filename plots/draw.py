@@ -36,6 +36,7 @@ def plot_all(folder: Path = RESULTS) -> list[Path]:
     names = [name for name in MODULES if (folder / f"{name}.json").exists()]
     if not names:
         raise ResultError(
-            f"there are no results in {folder} yet; run `trio-ray experiment NAME` first, with one of {', '.join(MODULES)}"
+            f"there are no results in {folder} yet; run `trio-ray experiment NAME` first, "
+            f"with one of {', '.join(MODULES)}"
         )
     return [plot(name, folder) for name in names]
