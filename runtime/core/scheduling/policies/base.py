@@ -165,6 +165,10 @@ class ScoringPolicy(Policy):
     that a batch of alike tasks costs a heap operation a task rather than a look at every node.
     """
 
+    inputs_matter_to_holders_only: bool = False
+    """Say so if nodes that have none of a task's inputs compare with each other as they would for a task without any.
+    Then only those that have some, and the best of the others, are scored for each task with inputs."""
+
     @abstractmethod
     def score(self, task: TaskView, node: NodeView, inputs: Sequence[InputView]) -> float:
         """How bad it were to run the task there. Must depend on its arguments only."""

@@ -46,6 +46,7 @@ def queue_wait_s(task: TaskView, node: NodeView) -> float:
 class BottomUp(ScoringPolicy):
     """Keep tasks where they are born while the wait is short; else the node with the least estimated wait."""
 
+    inputs_matter_to_holders_only = True
     max_wait_s: float = 0.02
     """How long a task may be expected to wait for a CPU at the node where it was born."""
 
