@@ -5,14 +5,16 @@ may leave, and waits through the link. Real links are in ``runtime.client``, sim
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
 
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Address, Value
 
+if TYPE_CHECKING:
+    from trio_ray.runtime.api.serialize import Packed
+
 Payload = bytes | bytearray | memoryview
-Write = Callable[[memoryview], None]
-"""Writes an object into the buffer it is given, which has the size that was asked for."""
 
 
 class Link(Protocol):
@@ -24,8 +26,8 @@ class Link(Protocol):
     node: Address
     inline_limit: int
     """Values up to so many bytes travel in messages; larger ones go through the object store."""
-    threaded: bool
-    """Whether news may arrive on another thread than the one that waits for it."""
+    lock: AbstractContextManager[bool | None]
+    """Held around what the core allows only one thread at a time."""
 
     def now(self) -> float:
         """The node's clock, in seconds; deadlines are on it."""
@@ -34,33 +36,29 @@ class Link(Protocol):
         """Something was added to the core: send it when a batch is worth it, or after a millisecond or two."""
 
     def flush(self) -> None:
-        """Send what was added, now."""
+        """Send what was added, now. Raises ``RaySystemError`` when the link is lost."""
 
-    def wait(self, object_ids: Sequence[bytes], count: int, timeout: float | None, *, fetch: bool) -> bool:
-        """Block this thread until ``count`` of these exist (``fetch``: can be read here).
+    def wait(
+        self, object_ids: Sequence[bytes], count: int, timeout: float | None, *, fetch: bool,
+        stop_at_error: bool = False,
+    ) -> bool:  # fmt: skip
+        """Block this thread until ``count`` of these exist (``fetch``: can be read here), or one is an error.
 
-        ``timeout`` is in seconds, None without end. False if it passed. Raises ``ConnectionError`` when the link is
+        ``timeout`` is in seconds, None without end; False if it passed. Raises ``RaySystemError`` when the link is
         lost.
         """
 
     def payload(self, value: Value, owner: object) -> Payload:
         """The bytes of a value that is here, without a copy; a shared one is read through its ``owner``."""
 
-    def store(self, object_id: bytes, size: int, write: Write) -> int:
-        """Make a large object: get room in the object store, have it written; its offset there.
+    def store(self, object_id: bytes, packed: "Packed") -> int:
+        """Write a large object into the object store, blocking this thread; its offset there.
 
-        Blocks this thread. The object is not sealed yet: a ``SealObjects`` or a task's result does that. Raises
-        ``MemoryError`` with a sentence when there is no room.
+        It is not sealed yet: a ``SealObjects`` or a task's result does that. Raises ``ObjectStoreFullError``.
         """
 
-    async def store_async(self, object_id: bytes, size: int, write: Write) -> int:
-        """``store`` for a Trio task."""
-
-    def ask(self, subject: str, argument: str) -> bytes:
+    def ask(self, subject: str, argument: str = "") -> bytes:
         """Block this thread for the answer to a ``Query``, msgpack-encoded; ``LookupError`` if it is an error."""
 
-    def wait_begins(self) -> None:
-        """The calling task of a worker is about to wait: its CPU may be lent out. Nothing to do for a driver."""
-
-    def wait_ends(self) -> None:
-        """It goes on."""
+    def call_soon(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """For a Trio task that is about to wait: ``callback`` wrapped so that news may call it from any thread."""

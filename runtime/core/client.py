@@ -2,7 +2,7 @@
 
 The state sits here; sockets, clocks and user data sit in the shell that owns the core. User code touches the core from
 any thread, and references die whenever Python pleases, so everything that user code does is one ``append``, which the
-interpreter makes atomic; the logs are read by ``take``, which only one thread may be in at a time, as in ``receive``.
+interpreter makes atomic. All else (``take``, ``receive``, ``want``, ``watch``, …) is for one thread at a time.
 
 How references are counted. The process counts its own ``ObjectRef``s; the node is told of the first and the last of
 an object. Whoever submits a task or puts an object holds its reference without saying so. One that came out of a
@@ -37,6 +37,8 @@ from trio_ray.runtime.core.messages import (
 )
 from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
 
+Watcher = Callable[[bytes], None]
+"""Called with an object's id."""
 Put = tuple[bytes, bytes, tuple[bytes, ...]]
 Item = TaskSpec | TaskTemplate | Function | Put | AnyMessage
 """What waits to be sent, in order; ``take`` makes batches of neighbours of one kind."""
@@ -66,18 +68,20 @@ class ClientCore:
         self.out: list[Item] = []
         self.streams: dict[int, Value] = {}
         """Values whose bytes are arriving, by transfer."""
+        self.error_watchers: dict[Watcher, None] = {}
+        """Called with the id of every object that turns out to be an error."""
         self.failure = ""
         """Why the link is closed; empty while it is open."""
         self._fetching: set[bytes] = set()
         """Objects whose bytes were asked for after they were told to exist."""
         self._wishes: set[bytes] = set()
         """Objects whose bytes are to be asked for if the node tells only that they exist."""
-        self._watchers: dict[bytes, list[Callable[[], None]]] = {}
+        self._watchers: dict[bytes, list[Watcher]] = {}
         self._creating: dict[bytes, Callable[[ObjectCreated | CreateFailed], None]] = {}
         self._asking: dict[int, Callable[[Answer], None]] = {}
         self._numbers = count(1)
 
-    # -- what user code does: from any thread, one atomic append each -------------------------------------------
+    # -- what any thread may do, at any time ---------------------------------------------------------------------
 
     def submit(self, spec: TaskSpec, returns: Iterable[bytes]) -> None:
         """Run a task whose return values are ``returns``; this process holds one reference to each."""
@@ -100,6 +104,18 @@ class ClientCore:
         """Anything else, after what was sent before; a template or function goes before its first task."""
         self.out.append(item)
 
+    def readable(self, object_id: bytes) -> bool:
+        """Whether the object's bytes (or its error) are here."""
+        value = self.values.get(object_id)
+        return value is not None and value.where != Where.ELSEWHERE
+
+    @property
+    def pending(self) -> bool:
+        """Whether ``take`` has anything to do."""
+        return bool(self.out or self.dropped or self.made or self.unpinned)
+
+    # -- what one thread at a time may do ------------------------------------------------------------------------
+
     def want(self, object_ids: Iterable[bytes], *, fetch: bool) -> None:
         """Ask for those objects that the node will not tell of by itself; with ``fetch``, for their bytes too."""
         values, wishes = self.values, self._wishes
@@ -118,16 +134,11 @@ class ClientCore:
         if ask:
             self.out.append(WaitObjects(ask, fetch))
 
-    def readable(self, object_id: bytes) -> bool:
-        """Whether the object's bytes (or its error) are here."""
-        value = self.values.get(object_id)
-        return value is not None and value.where != Where.ELSEWHERE
-
-    def watch(self, object_id: bytes, callback: Callable[[], None]) -> None:
-        """Call back (from ``receive``, ``streamed`` or ``lost``) at the next news of the object."""
+    def watch(self, object_id: bytes, callback: Watcher) -> None:
+        """Call back (from ``receive``, ``streamed`` or ``lost``) with its id at the next news of the object."""
         self._watchers.setdefault(object_id, []).append(callback)
 
-    def unwatch(self, object_id: bytes, callback: Callable[[], None]) -> None:
+    def unwatch(self, object_id: bytes, callback: Watcher) -> None:
         """Take back a ``watch``; one that was called is ignored."""
         callbacks = self._watchers.get(object_id)
         if callbacks and callback in callbacks:
@@ -145,13 +156,6 @@ class ClientCore:
         number = next(self._numbers)
         self._asking[number] = callback
         self.out.append(Query(number, subject, argument))
-
-    @property
-    def pending(self) -> bool:
-        """Whether ``take`` has anything to do."""
-        return bool(self.out or self.dropped or self.made or self.unpinned)
-
-    # -- what the shell does: one thread at a time ---------------------------------------------------------------
 
     def take(self, done: TasksDone | None = None) -> list[AnyMessage]:
         """What is to be sent now, as one frame. A worker's results stand after the references they may carry are
@@ -297,7 +301,10 @@ class ClientCore:
                 callbacks = watchers.pop(object_id, None)
                 if callbacks:
                     for callback in callbacks:
-                        callback()
+                        callback(object_id)
+            if value.error and self.error_watchers:
+                for on_error in list(self.error_watchers):
+                    on_error(object_id)
         if ask:
             self.out.append(WaitObjects(ask))
 
@@ -305,13 +312,6 @@ class ClientCore:
         """All bytes of a ``STREAMED`` value have arrived."""
         told = self.streams.pop(transfer)
         self._ready([Value(told.object_id, Where.INLINE, payload, 0, told.size, told.error)])
-
-    def forget_bytes(self, object_id: bytes) -> None:
-        """The shared bytes were handed to user code, whose views keep them from now on; ask again for another look."""
-        value = self.values.get(object_id)
-        if value is not None and value.where == Where.SHARED:
-            self.values[object_id] = Value(object_id, Where.ELSEWHERE, b"", 0, value.size)
-        self.owners.pop(object_id, None)
 
     def lost(self, reason: str) -> None:
         """The link is closed: everybody who waits is told to look."""
@@ -323,6 +323,6 @@ class ClientCore:
         for number, asked in asking.items():
             asked(Answer(number, b"", reason))
         watchers, self._watchers = self._watchers, {}
-        for callbacks in watchers.values():
+        for object_id, callbacks in watchers.items():
             for callback in callbacks:
-                callback()
+                callback(object_id)

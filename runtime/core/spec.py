@@ -57,6 +57,8 @@ class TaskTemplate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     is_async: bool = False
     policy: str = ""
     """The name of the policy that places it; empty for the cluster's own."""
+    retry_on: bytes = b""
+    """For the worker: which exceptions count as ``Status.RETRYABLE``; pickled types, or empty for none."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):

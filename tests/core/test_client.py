@@ -21,6 +21,7 @@ from trio_ray.runtime.core.messages import (
     Where,
 )
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
+from trio_ray.runtime.core.waiter import Waiter
 
 TEMPLATE = TaskTemplate(b"t", b"f", "square", Kind.TASK, (), (), 1, 3)
 FUNCTION = Function(b"f", "square", b"")
@@ -168,10 +169,17 @@ def test_a_read_pin_ends_with_its_owner() -> None:
     shared = ObjectsReady([Value(mine, Where.SHARED, offset=64, size=10**6)])
     core.receive([shared])
     view = core.owners[mine]
-    core.forget_bytes(mine)
-    assert core.take() == [] and not core.readable(mine)
+    core.dropped.append(mine)
+    assert core.take() == [References([], [mine])], "user code still looks at it"
     del view
     assert core.take() == [Unpin([mine])]
+
+
+def test_a_read_pin_nobody_uses_ends_with_the_last_reference() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    core.take()
+    shared = ObjectsReady([Value(mine, Where.SHARED, offset=64, size=10**6)])
     core.receive([shared])
     core.dropped.append(mine)
     assert core.take() == [References([], [mine]), Unpin([mine])]
@@ -193,8 +201,8 @@ def test_watchers_are_called_once() -> None:
     core = make_core()
     mine = submit(core, 0)
     calls: list[str] = []
-    taken_back = lambda: calls.append("taken back")  # noqa: E731
-    core.watch(mine, lambda: calls.append("first"))
+    taken_back = lambda object_id: calls.append("taken back")  # noqa: E731
+    core.watch(mine, lambda object_id: calls.append("first"))
     core.watch(mine, taken_back)
     core.watch(b"never", taken_back)
     core.unwatch(mine, taken_back)
@@ -219,8 +227,75 @@ def test_a_lost_link_wakes_everybody() -> None:
     core = make_core()
     mine = submit(core, 0)
     said: list[str] = []
-    core.watch(mine, lambda: said.append("watcher"))
+    core.watch(mine, lambda object_id: said.append("watcher"))
     core.create(b"big", 100, lambda answer: said.append(getattr(answer, "reason", "")))
     core.ask("nodes", "", lambda answer: said.append(answer.error))
     core.lost("the node is gone")
     assert said == ["the node is gone", "the node is gone", "watcher"] and core.failure == "the node is gone"
+
+
+def waiter(core: ClientCore, object_ids: list[bytes], count: int, *, fetch: bool = True, stop: bool = False) -> Waiter:
+    waiter = Waiter(core, object_ids, count, lambda: calls.append(count), fetch=fetch, stop_at_error=stop)
+    calls.clear()
+    return waiter
+
+
+calls: list[int] = []
+
+
+def test_waiting_for_all() -> None:
+    core = make_core()
+    all_ids = [submit(core, number) for number in range(4)]
+    wait = waiter(core, all_ids, 4)
+    assert not wait.start()
+    for object_id in (all_ids[3], all_ids[0], all_ids[2]):
+        core.receive([ObjectsReady([Value(object_id)])])
+    assert not wait.done
+    core.receive([ObjectsReady([Value(all_ids[1])])])
+    assert wait.done and calls == [4] and not wait.failed
+    assert waiter(core, all_ids, 4).start()
+
+
+def test_waiting_for_some() -> None:
+    core = make_core()
+    all_ids = [submit(core, number) for number in range(4)]
+    wait = waiter(core, all_ids, 2)
+    assert not wait.start()
+    core.receive([ObjectsReady([Value(all_ids[3]), Value(all_ids[1], Where.ELSEWHERE, size=10**6)])])
+    assert not wait.done, "the bytes of one are missing"
+    core.receive([ObjectsReady([Value(all_ids[1], Where.SHARED, size=10**6)])])
+    assert wait.done and calls == [2]
+    assert waiter(core, all_ids, 2).start()
+    assert not waiter(core, all_ids, 3).start()
+
+
+def test_waiting_without_fetching_is_for_existence() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    wait = waiter(core, [mine], 1, fetch=False)
+    assert not wait.start()
+    core.receive([ObjectsReady([Value(mine, Where.ELSEWHERE, size=10**6)])])
+    assert wait.done
+
+
+def test_an_error_can_end_the_wait() -> None:
+    core = make_core()
+    first, second = submit(core, 0), submit(core, 1)
+    patient, impatient = waiter(core, [first, second], 2), waiter(core, [first, second], 2, stop=True)
+    assert not patient.start() and not impatient.start()
+    core.receive([ObjectsReady([Value(second, error=True)])])
+    assert impatient.failed and impatient.done and not patient.done
+    late = waiter(core, [first, second], 2, stop=True)
+    assert late.start() and late.failed
+
+
+def test_a_cancelled_wait_is_forgotten_and_a_lost_link_ends_one() -> None:
+    core = make_core()
+    mine = submit(core, 0)
+    cancelled, wait = waiter(core, [mine], 1, stop=True), waiter(core, [mine], 1)
+    assert not cancelled.start() and not wait.start()
+    cancelled.cancel()
+    assert not core.error_watchers
+    core.lost("gone")
+    assert calls == [1] and wait.done
+    assert waiter(core, [mine], 1).start()

@@ -1,0 +1,80 @@
+"""Which task is running here, and through which session it talks to the cluster.
+
+A driver is a task too: the root of its job. In a worker every running task has its own context; a thread or Trio task
+started by it inherits it where Python's context variables do, and falls back to the process's own otherwise.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from itertools import count
+from typing import TYPE_CHECKING
+
+from trio_ray.runtime.core import ids
+
+if TYPE_CHECKING:
+    from trio_ray.runtime.api.session import Session
+
+
+class TaskContext:
+    """The running task: its ids, the counters from which its children's ids derive, its scope and deadline."""
+
+    __slots__ = (
+        "actor_id", "children", "deadline", "in_trio", "name", "prefix", "puts", "scope", "scopes", "session",
+        "spawned", "task_id",
+    )  # fmt: skip
+
+    def __init__(
+        self, session: "Session", task_id: bytes, scope: bytes, *, name: str = "", deadline: float | None = None,
+        actor_id: bytes = b"", in_trio: bool = False,
+    ) -> None:  # fmt: skip
+        self.session = session
+        self.task_id = task_id
+        self.prefix = ids.children_prefix(task_id)
+        self.children = count()
+        self.puts = count()
+        self.scopes = count()
+        self.scope = scope
+        """What its children belong to unless they are started in a nursery."""
+        self.deadline = deadline
+        """On the node's clock; its children inherit it."""
+        self.name = name
+        self.actor_id = actor_id
+        self.in_trio = in_trio
+        """Trio runs here: a surrounding deadline passes on to children."""
+        self.spawned = False
+        """It submitted tasks."""
+
+
+running: ContextVar[TaskContext | None] = ContextVar("trio_ray_task", default=None)
+_process: TaskContext | None = None
+_initialize: Callable[[], None] | None = None
+
+
+def current() -> TaskContext:
+    """The context of the running task; a process that has none is initialized first, as ``init()`` does."""
+    context = running.get()
+    if context is not None:
+        return context
+    if _process is None:
+        if _initialize is None:
+            raise RuntimeError("trio_ray is not initialized in this process: call trio_ray.init() first")
+        _initialize()
+        assert _process is not None
+    return _process
+
+
+def current_or_none() -> TaskContext | None:
+    """The context of the running task, if there is one."""
+    return running.get() or _process
+
+
+def set_process(context: TaskContext | None) -> None:
+    """The context of everything in this process that has none of its own."""
+    global _process
+    _process = context
+
+
+def initialize_with(initialize: Callable[[], None] | None) -> None:
+    """What ``current`` calls in a process without a session."""
+    global _initialize
+    _initialize = initialize

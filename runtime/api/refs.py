@@ -1,0 +1,165 @@
+"""References to objects.
+
+An ``ObjectRef`` *is* its id: a ``bytes`` with no attributes of its own, so that hashing, comparing and looking up cost
+what they cost for bytes. The process counts its references in the logs of the ``ClientCore`` it is bound to: making one
+out of a value and dropping one is one ``append``, which is safe in any thread and in the garbage collector.
+"""
+
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.client import ClientCore
+
+__all__ = ["ObjectRef", "bind", "restore", "unbind", "wake_with"]
+
+
+def _nowhere(object_id: bytes) -> None:
+    """No core is bound: there is nobody to tell."""
+
+
+_made: Callable[[bytes], None] = _nowhere
+_dropped: Callable[[bytes], None] = _nowhere
+_wake: Callable[[], None] | None = None
+_collect: Callable[[bytes], None] = _nowhere
+
+
+class Waiting(Protocol):
+    """How a reference is awaited or made a future; the client that waits for objects provides it."""
+
+    def future(self, ref: "ObjectRef") -> "Future[Any]":
+        """A future of the object's value."""
+
+    def awaited(self, ref: "ObjectRef") -> Generator[Any, Any, Any]:
+        """What ``await ref`` runs."""
+
+
+waiting: Waiting | None = None
+
+
+class ObjectRef(bytes):
+    """A reference to an object: a task's result or a put value, which may not exist yet.
+
+    The object lives while a reference to it does, anywhere in the cluster. Pass references as arguments (a top-level
+    one becomes its value), inside other objects, or read them with ``get`` or ``await``.
+    """
+
+    __slots__ = ()
+
+    __iter__ = None  # type: ignore[assignment]  # a reference is no sequence of integers, ``for x in ref`` is a mistake
+
+    def __new__(cls, binary: bytes) -> "ObjectRef":
+        """A reference to the object with this id (20 bytes)."""
+        if len(binary) != ids.OBJECT_ID_BYTES:
+            raise ValueError(f"an object's id has {ids.OBJECT_ID_BYTES} bytes, not {len(binary)}")
+        return restore(bytes(binary))
+
+    def __del__(self, _bytes: type[bytes] = bytes) -> None:
+        try:
+            _dropped(_bytes(self))
+            if _wake is not None:
+                _wake()
+        except TypeError:  # the interpreter is ending and has cleared this module
+            pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        object_id = bytes(self)
+        _collect(object_id)
+        return restore, (object_id,)
+
+    def __copy__(self) -> "ObjectRef":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "ObjectRef":
+        return self
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self.hex()})"
+
+    __str__ = __repr__
+
+    def binary(self) -> bytes:
+        """The id as bytes."""
+        return bytes(self)
+
+    def is_nil(self) -> bool:
+        """Whether it refers to nothing."""
+        return bytes(self) == _NIL
+
+    @classmethod
+    def nil(cls) -> "ObjectRef":
+        """A reference to nothing."""
+        return cls(_NIL)
+
+    @classmethod
+    def from_random(cls) -> "ObjectRef":
+        """A reference with a random id; no object has it."""
+        return cls(os.urandom(ids.OBJECT_ID_BYTES))
+
+    @classmethod
+    def size(cls) -> int:
+        """The length of an id in bytes."""
+        return ids.OBJECT_ID_BYTES
+
+    def task_id(self) -> bytes:
+        """The id of the task that makes the object."""
+        return ids.task_of(bytes(self))
+
+    def future(self) -> "Future[Any]":
+        """A ``concurrent.futures.Future`` of the value."""
+        if waiting is None:
+            raise RuntimeError("trio_ray is not initialized in this process, so nobody can wait for the object")
+        return waiting.future(self)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if waiting is None:
+            raise RuntimeError("trio_ray is not initialized in this process, so nobody can wait for the object")
+        return waiting.awaited(self)
+
+
+_NIL = b"\xff" * ids.OBJECT_ID_BYTES
+_new = bytes.__new__
+
+
+def owned(object_id: bytes) -> ObjectRef:
+    """A reference that the core has counted already: of a task just submitted, an object just put."""
+    return _new(ObjectRef, object_id)
+
+
+def restore(object_id: bytes) -> ObjectRef:
+    """One more reference to an object, out of a pickled value or an id."""
+    _made(object_id)
+    return _new(ObjectRef, object_id)
+
+
+def bind(core: ClientCore) -> None:
+    """From now on this process's references are counted in ``core``."""
+    global _made, _dropped
+    _made, _dropped = core.made.append, core.dropped.append
+
+
+def unbind() -> None:
+    """References are counted nowhere: there is no session."""
+    global _made, _dropped, _wake, waiting
+    _made = _dropped = _nowhere
+    _wake = waiting = None
+
+
+def wake_with(wake: Callable[[], None] | None) -> None:
+    """Call ``wake`` at the next drop (None: drops are noticed anyway). It may run in the garbage collector."""
+    global _wake
+    _wake = wake
+
+
+def collect_with(collect: Callable[[bytes], None]) -> None:
+    """Call ``collect`` with the id of every reference that is pickled."""
+    global _collect
+    _collect = collect
+
+
+def wait_with(by: Waiting | None) -> None:
+    """References are awaited through ``by``."""
+    global waiting
+    waiting = by
