@@ -90,6 +90,9 @@ AnyEvent = Received | TimerFired | ProcessConnected | ProcessLost | WorkerFailed
 class Machine(Protocol):
     """What every component of the system is."""
 
+    def start(self, now: float) -> list[AnyEffect]:
+        """What to do first, before anything has happened."""
+
     def step(self, events: Sequence[AnyEvent], now: float) -> list[AnyEffect]:
         """Take in what happened, answer with what to do."""
 

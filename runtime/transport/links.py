@@ -141,9 +141,8 @@ class SocketLink(Link):
         """Send until all is sent (True) or the socket is full."""
         control = self._control
         while True:
-            if self._chunk:
-                if not self._send_from(self._chunk):
-                    return False
+            if self._chunk and not self._send_from(self._chunk):
+                return False
             if control:
                 before = sum(map(len, control))
                 sent_all = self._send_from(control)
