@@ -476,11 +476,12 @@ class ObjectsLocated(Message, frozen=True):
 
 
 class HoldObjects(Message, frozen=True):
-    """The sending node holds references to ``added`` and ``born`` and no longer to ``removed``; acknowledged by
-    ``HoldsCounted`` unless ``number`` is 0.
+    """The sending node holds references to ``added`` and no longer to ``removed``; acknowledged by ``HoldsCounted``
+    unless ``number`` is 0.
 
-    Each object is in ``born`` once: when the node that owns it (its putter's, or its task's submitter's) first tells of
-    it. Until then the object is not freed, however the holds of other nodes come and go on faster links.
+    ``born``: of the objects that it holds, those that it owns (it is their putter's or their task's submitter's node)
+    and tells of for the first time. Until then an object is not freed, however the holds of other nodes come and go on
+    faster links.
     """
 
     number: int

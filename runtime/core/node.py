@@ -214,6 +214,8 @@ class NodeMachine:
         if self.scheduler.stalled:
             self._set_timer("balance", now + STALL_S)
         self.losses.out_of_room()
+        if self.tasks.forwarding:  # placement is to know that this node is busy before it sends the tasks right back
+            self._heartbeat(at_once=True)
         self.tasks.flush()
         self.write_behind.forget(effects)
         if self.table.updates:
@@ -391,11 +393,15 @@ class NodeMachine:
         if template.template.policy:
             policy = self._named_policy(template.template.policy)
         return policy.keep_many(
-            TaskView(template.template.name, shape, template.mean_s, len(spec.inputs), here, self.info.node),
+            TaskView(
+                template.template.name, shape, template.mean_s, len(spec.inputs), here, self.info.node,
+                template.template.kind == Kind.ACTOR_CREATION,
+            ),
             count,
             NodeView(
                 self.info.node, scheduler.total, scheduler.available, scheduler.queued, scheduler.running,
-                scheduler.mean_s, self.transfers.bandwidth, self._others, self._labels,
+                scheduler.mean_s, self.transfers.bandwidth, self._others, self._labels, 0,
+                len(self.tasks.actors.local),
             ),
         )  # fmt: skip
 
@@ -463,18 +469,20 @@ class NodeMachine:
                 self.losses.node_died(info.node)
         self._others = sum(1 for info in self.nodes.values() if info.alive and info.node != self.info.node)
 
-    def _heartbeat(self) -> None:
-        load = self.scheduler.load(self.table.arena.used, self.transfers.bandwidth)
+    def _heartbeat(self, *, at_once: bool = False) -> None:
+        load = self.scheduler.load(
+            self.table.arena.used, self.transfers.bandwidth, len(self.tasks.actors.local), self.tasks.assignments
+        )
         period = self._config.heartbeat_s
-        since = self._now - self._load_at
-        if self._load is None or since >= 5 * period or (since >= period and load != self._load):
+        # Times are compared as they were given to the timers: a difference may round to just below the period.
+        pause = 0.0 if at_once else period
+        if self._load is None or self._now >= self._load_at + (pause if load != self._load else 5 * period):
             self._load, self._load_at = load, self._now
             self._effects.append(Send(PLACEMENT, Heartbeat(load)))
-            self._set_timer("heartbeat", self._now + 5 * period)
-        elif load != self._load:
-            if self._timers.get("heartbeat", 0.0) > self._load_at + period:
-                del self._timers["heartbeat"]
-            self._set_timer("heartbeat", self._load_at + period)
+        due = self._load_at + (period if load != self._load else 5 * period)
+        if self._timers.get("heartbeat", due + 1.0) > due:
+            self._timers.pop("heartbeat", None)
+            self._set_timer("heartbeat", due)
 
     def _query(self, source: Address, message: Query) -> None:
         if message.subject == "node":

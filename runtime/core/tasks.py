@@ -83,6 +83,8 @@ class Tasks:
         """Scopes that were cancelled: what arrives for them later is refused."""
         self.processes: dict[Address, bool] = {}
         """Connected processes, and whether they share memory with the node."""
+        self.assignments = 0
+        """How many tasks placement ever sent here."""
         self._forward: list[TaskEntry] = []
         self._wanting_function: dict[bytes, list[TaskEntry]] = {}
         self._deadlines: list[tuple[float, bytes]] = []
@@ -166,6 +168,8 @@ class Tasks:
     def assigned(self, message: AssignTasks | CallActors) -> None:
         """Another node's tasks are to run here."""
         self.learn(message.templates, [])
+        if type(message) is AssignTasks:
+            self.assignments += len(message.specs)
         for spec in message.specs:
             template = self.templates[spec.template]
             own = self.entries.get(spec.task_id)
@@ -508,6 +512,11 @@ class Tasks:
         return any(scope[:end] in self.cancelled for end in range(step, len(scope) + 1, step))
 
     # -- leaving a step ----------------------------------------------------------------------------------------
+
+    @property
+    def forwarding(self) -> bool:
+        """Whether this step hands tasks to placement."""
+        return bool(self._forward)
 
     def forward(self, task: TaskEntry) -> None:
         """Let placement choose a node for the task."""

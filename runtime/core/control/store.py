@@ -175,10 +175,10 @@ class ControlMachine:
 
     def _hold(self, source: Address, message: HoldObjects) -> None:
         objects, check = self.objects, self._check
-        if message.born:
-            objects.hold(source, message.born, check, born=True)
         if message.added:
-            objects.hold(source, message.added, check, born=False)
+            objects.hold(source, message.added, check)
+        if message.born:
+            objects.claim(message.born, check)
         if message.removed:
             objects.unhold(source, message.removed, check)
         if message.number:
@@ -194,7 +194,8 @@ class ControlMachine:
                     self._locating.take(object_id)
 
     def _orphaned(self, key: str) -> None:
-        self.objects.orphaned(self._orphans.pop(key, []), self._check)
+        """No owner will tell of these any more: they go as soon as nobody holds them."""
+        self.objects.claim(self._orphans.pop(key, ()), self._check)
 
     # -- tasks, events, functions ------------------------------------------------------------------------------
 

@@ -87,8 +87,8 @@ class ObjectTable:
         if not row.nodes and not row.born and not row.holds:
             del self.rows[object_id]
 
-    def hold(self, node: Address, added: Iterable[bytes], check: list[bytes], *, born: bool) -> None:
-        """``node`` now holds these; ``born``: it owns them. Those that nobody seems to hold are added to ``check``."""
+    def hold(self, node: Address, added: Iterable[bytes], check: list[bytes]) -> None:
+        """``node`` now holds these; those that nobody seems to hold are added to ``check``."""
         rows = self.rows
         for object_id in added:
             row = rows.get(object_id)
@@ -98,8 +98,6 @@ class ObjectTable:
                     self._freed.discard(object_id)
                     self._freed_before.discard(object_id)
                     row.born = True
-            if born:
-                row.born = True
             holds = row.holds
             if not holds:
                 row.holds = {node: 1}
@@ -111,6 +109,15 @@ class ObjectTable:
                     del holds[node]
                     if not holds:
                         check.append(object_id)
+
+    def claim(self, owned: Iterable[bytes], check: list[bytes]) -> None:
+        """Their owner has told of these; those that nobody holds are added to ``check``."""
+        for object_id in owned:
+            row = self.rows.get(object_id)
+            if row is not None and not row.born:
+                row.born = True
+                if not row.holds:
+                    check.append(object_id)
 
     def unhold(self, node: Address, removed: Iterable[bytes], check: list[bytes]) -> None:
         """``node`` no longer holds these; those that nobody seems to hold are added to ``check``."""
@@ -168,14 +175,6 @@ class ObjectTable:
                 unborn.append(object_id)
         self._solo.pop(node, None)
         return lost, check, unborn
-
-    def orphaned(self, object_ids: Iterable[bytes], check: list[bytes]) -> None:
-        """No owner will tell of these any more: they go as soon as nobody holds them."""
-        for object_id in object_ids:
-            row = self.rows.get(object_id)
-            if row is not None and not row.born:
-                row.born = True
-                check.append(object_id)
 
     def validate(self) -> None:
         """Assert the table's invariants."""

@@ -26,9 +26,13 @@ class HoldLedger:
         self._held_back: deque[tuple[int, list[bytes], list[AnyEffect]]] = deque()
         """Removals and effects, each with the last number that must be acknowledged before they may leave."""
 
-    def add(self, object_id: bytes, *, born: bool = False) -> None:
-        """This node now holds the object; ``born``: it owns it, and tells of it for the first time."""
-        (self._born if born else self._added).append(object_id)
+    def add(self, object_id: bytes) -> None:
+        """This node now holds the object."""
+        self._added.append(object_id)
+
+    def claim(self, object_id: bytes) -> None:
+        """This node, which holds the object, owns it; said once it may be known elsewhere."""
+        self._born.append(object_id)
 
     def remove(self, object_id: bytes) -> None:
         """This node no longer holds the object."""

@@ -103,6 +103,8 @@ class ObjectTable:
             entry = self.entries[object_id] = ObjectEntry(object_id, self.solo(process))
         else:
             self.hold(entry, process)
+            if entry.exported:  # it was referred to before its maker was submitted
+                self.ledger.claim(object_id)
         return entry
 
     def solo(self, process: Address) -> tuple[Address, ...]:
@@ -163,7 +165,8 @@ class ObjectTable:
         entry.exported = True
         if entry.holders or entry.pins:
             entry.held = True
-            self.ledger.add(entry.object_id, born=True)
+            self.ledger.add(entry.object_id)
+            self.ledger.claim(entry.object_id)
         if entry.local:
             self.updates.append(ObjectUpdate(entry.object_id, entry.size, entry.contained))
         for object_id in entry.contained:

@@ -402,11 +402,12 @@ class LocalScheduler:
         worker.batch = []
         worker.inputs = {}
 
-    def load(self, store_used: int, bandwidth: float) -> Load:
+    def load(self, store_used: int, bandwidth: float, actors: int, assigned: int) -> Load:
         """What to tell placement."""
         return Load(
-            self.queued, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth, store_used
-        )
+            self.queued, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth, store_used,
+            actors, assigned,
+        )  # fmt: skip
 
     def validate(self) -> None:
         """Assert the scheduler's invariants."""

@@ -8,8 +8,8 @@ rounds: tasks submitted together also end together, so that the first free CPU i
 that is at most ``max_wait_s``, which is chosen a good deal above what handing a task over costs (a fraction of a
 millisecond), and well below what anyone would call a long task. While nothing is known of a function's duration, its
 tasks are kept only as far as CPUs are free: should they be long, they are spread from the start; should they be
-short, only the very first ones paid for the way. Actors are never kept where there is a choice: they stay, and often
-hold no CPU that would show that a node is full of them.
+short, only the very first ones paid for the way. Actors stay, and often hold no CPU that would show that a node is
+full of them, so each counts as a busy slot.
 
 **Place.** Among the nodes that can hold the task, the one with the lowest estimated wait: the queue times the mean
 task time, over the slots it has, plus the bytes of inputs that it lacks over its bandwidth; both means are exponential
@@ -62,7 +62,7 @@ class BottomUp(ScoringPolicy):
         if node.peers == 0:
             return count
         if task.is_actor:
-            return 0
+            return max(0, min(count, slots - node.actors - node.running - node.queued))
         room = node.free_slots(task.placement)
         if task.mean_s > 0.0:
             rounds = int(self.max_wait_s / max(task.mean_s, node.mean_task_s))
