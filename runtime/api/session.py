@@ -1,0 +1,229 @@
+"""What a process does through its link: submit, put, read. The same for drivers and workers, real and simulated."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from trio_ray.runtime.api.code import Code
+from trio_ray.runtime.api.context import TaskContext
+from trio_ray.runtime.api.errors import ObjectLostError, RayError, RaySystemError
+from trio_ray.runtime.api.link import Link
+from trio_ray.runtime.api.refs import ObjectRef, owned
+from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize
+from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.messages import CancelScope, CancelTasks, KillActor, SealObjects, Value, Where
+from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
+
+_ZERO = bytes(4)
+_NO_ARGUMENTS = pickle.dumps((), 5)
+_NO_IDS: tuple[bytes, ...] = ()
+
+
+def make_template(template: TaskTemplate) -> TaskTemplate:
+    """The template with its id: the digest of all the rest."""
+    digest = ids.content_id(msgspec.msgpack.encode(template))
+    return msgspec.structs.replace(template, template_id=digest)
+
+
+class Session:
+    """A process's part in the cluster."""
+
+    def __init__(self, link: Link, *, namespace: str = "default") -> None:
+        self.link = link
+        self.core = link.core
+        self.namespace = namespace
+        self.prepared: set[bytes] = set()
+        """Templates that this link has been given."""
+        self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        """Handles of named actors that this process created, by ``namespace/name``."""
+        self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
+        """The process's own, implicit task."""
+
+    # -- submitting --------------------------------------------------------------------------------------------
+
+    def prepare(self, template: TaskTemplate, code: Code | None) -> None:
+        """Make the link know a template, and the function it names, before its first task."""
+        if template.template_id in self.prepared:
+            return
+        if code is not None:
+            self.core.send(code.export())
+        self.core.send(template)
+        self.prepared.add(template.template_id)
+
+    def submit(
+        self, context: TaskContext, template: TaskTemplate, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        actor: bytes = b"", actor_name: str = "", scope: bytes = b"",
+    ) -> list[ObjectRef]:  # fmt: skip
+        """Run a task; references to its return values."""
+        if args or kwargs:
+            payload, inputs, borrowed, packed = self._arguments(context, template, args, kwargs)
+        else:
+            payload, inputs, borrowed, packed = _NO_ARGUMENTS, _NO_IDS, _NO_IDS, None
+        task_id = context.prefix + next(context.children).to_bytes(5, "big")
+        context.spawned = True
+        deadline = context.deadline
+        if context.in_trio:
+            deadline = _trio_deadline(self.link.now(), deadline)
+        core = self.core
+        spec = TaskSpec(
+            task_id, template.template_id, payload, inputs, borrowed, scope or context.scope, core.process, actor, 0,
+            deadline, packed is not None, actor_name,
+        )  # fmt: skip
+        if template.num_returns == 1:
+            object_id = task_id + _ZERO
+            counts = core.counts
+            counts[object_id] = counts.get(object_id, 0) + 1
+            core.values.setdefault(object_id)
+            core.out.append(spec)
+            self.link.flush_soon()
+            return [owned(object_id)]
+        returns = [ids.return_id(task_id, index) for index in range(template.num_returns)]
+        core.submit(spec, returns)
+        self.link.flush_soon()
+        return [owned(object_id) for object_id in returns]
+
+    def _arguments(
+        self, context: TaskContext, template: TaskTemplate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[bytes, tuple[bytes, ...], tuple[bytes, ...], ObjectRef | None]:
+        """The arguments' payload, the objects they are, the objects nested in them, and the object that holds them."""
+        inputs: tuple[bytes, ...] = _NO_IDS
+        slots: list[tuple[int | str, int]] = []
+        found: dict[bytes, int] = {}
+        plain: Any = args
+        for position, argument in enumerate(args):
+            if type(argument) is ObjectRef:
+                slots.append((position, found.setdefault(bytes(argument), len(found))))
+        if kwargs:
+            for name, argument in kwargs.items():
+                if type(argument) is ObjectRef:
+                    slots.append((name, found.setdefault(bytes(argument), len(found))))
+        if slots:
+            inputs = tuple(found)
+            cleared = [None if type(argument) is ObjectRef else argument for argument in args]
+            named = {name: None if type(value) is ObjectRef else value for name, value in kwargs.items()}
+            plain = [cleared, named, slots]
+        elif kwargs:
+            plain = [args, kwargs, ()]
+        try:
+            payload, borrowed = serialize(plain, self.link.inline_limit)
+        except TypeError as error:
+            raise TypeError(f"an argument of {template.name}: {_blame(args, kwargs, error)}") from error
+        if type(payload) is bytes:
+            return payload, inputs, borrowed, None
+        holder = self._store(context, payload, borrowed)
+        holder_id = bytes(holder)
+        return b"", (holder_id, *(object_id for object_id in inputs if object_id != holder_id)), borrowed, holder
+
+    # -- objects -----------------------------------------------------------------------------------------------
+
+    def put(self, context: TaskContext, value: object) -> ObjectRef:
+        """Store a value."""
+        if isinstance(value, ObjectRef):
+            raise TypeError(
+                "put() was given an ObjectRef, which refers to an object that is stored already; pass the reference "
+                "on as it is, or put a list that holds it"
+            )
+        payload, contained = serialize(value, self.link.inline_limit)
+        if type(payload) is bytes:
+            object_id = ids.put_id(context.task_id, next(context.puts))
+            self.core.put(object_id, payload, contained)
+            self.link.flush_soon()
+            return owned(object_id)
+        return self._store(context, payload, contained)
+
+    def _store(self, context: TaskContext, payload: bytes | Packed, contained: tuple[bytes, ...]) -> ObjectRef:
+        object_id = ids.put_id(context.task_id, next(context.puts))
+        packed = payload if isinstance(payload, Packed) else Packed([(0, payload)], len(payload))
+        self.link.store(object_id, packed)
+        self.core.own(object_id, Value(object_id, Where.ELSEWHERE, b"", 0, packed.size))
+        self.core.send(SealObjects([(object_id, contained)]))
+        self.link.flush_soon()
+        return owned(object_id)
+
+    def read(self, ref: bytes) -> Any:
+        """The value of an object that is readable here; an error's exception, not raised."""
+        core = self.core
+        value = core.values.get(ref)
+        if value is None:
+            if core.failure:
+                raise RaySystemError(core.failure)
+            raise ObjectLostError(f"the object {ref.hex()} is not here")
+        if value.where == Where.INLINE:
+            return None if value.payload == NONE else deserialize(value.payload)
+        return deserialize(self.link.payload(value, core.owners.get(ref)))
+
+    def read_if_ready(self, ref: bytes) -> Any:
+        """``read``, or None for an object that is not here (yet)."""
+        return self.read(ref) if self.core.readable(ref) else None
+
+    def is_error(self, ref: bytes) -> bool:
+        """Whether an object that exists is an error."""
+        value = self.core.values.get(ref)
+        return value is not None and value.error
+
+    def read_all(self, wanted: Sequence[ObjectRef], *, return_exceptions: bool) -> list[Any]:
+        """The values of readable objects; raises the first that is an error, unless ``return_exceptions``."""
+        values = []
+        for ref in wanted:
+            value = self.read(ref)
+            if not return_exceptions and isinstance(value, RayError) and self.is_error(ref):
+                raise value
+            values.append(value)
+        return values
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def cancel(self, ref: ObjectRef, *, force: bool, recursive: bool) -> None:
+        """Cancel the task that makes an object."""
+        self.core.send(CancelTasks([ids.task_of(bytes(ref))], force, recursive))
+        self.link.flush()
+
+    def cancel_scope(self, scope: bytes) -> None:
+        """Cancel all that belongs to a scope."""
+        self.core.send(CancelScope(scope))
+        self.link.flush()
+
+    def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None:
+        """End an actor now."""
+        self.core.send(KillActor(actor_id, no_restart))
+        self.link.flush()
+
+
+def _trio_deadline(now: float, inherited: float | None) -> float | None:
+    """The earlier of the task's own deadline and that of the Trio cancel scopes around; on the node's clock."""
+    import trio
+
+    if not trio.lowlevel.in_trio_run():  # a plain thread that a Trio task started
+        return inherited
+    left = trio.current_effective_deadline() - trio.current_time()
+    if left == float("inf"):
+        return inherited
+    return now + left if inherited is None else min(inherited, now + left)
+
+
+def _blame(args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError) -> str:
+    """Which argument could not be serialized."""
+    for name, value in (*((f"number {index}", value) for index, value in enumerate(args)), *kwargs.items()):
+        if type(value) is ObjectRef:
+            continue
+        try:
+            serialize(value, 1 << 62)
+        except TypeError as own:
+            return f"{name}: {own}"
+    return str(error)
+
+
+def unpack_arguments(payload: Any, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The positional and named arguments from what ``Session`` packed, with the input objects' values put in."""
+    if type(payload) is tuple:
+        return payload, {}
+    args, kwargs, slots = payload
+    for place, index in slots:
+        if type(place) is int:
+            args[place] = inputs[index]
+        else:
+            kwargs[place] = inputs[index]
+    return args, kwargs
