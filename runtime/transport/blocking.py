@@ -131,14 +131,17 @@ class BlockingLink:
             raise ConnectionError(f"the connection to the node is lost ({error.strerror or error})") from None
 
     def receive(self, timeout: float | None = None) -> tuple[list[AnyMessage], list[tuple[int, int]]]:
-        """Messages, and data frames that reached their window as ``(transfer, size)``; both empty on a time-out.
+        """Messages, and data frames that reached their window as ``(transfer, size)``.
 
-        Blocks until something has arrived. Raises ConnectionError when the link is closed.
+        Without ``timeout`` blocks until there is something; with one, both may be empty. Raises ConnectionError when
+        the link is closed.
         """
         if timeout is not None and not self._poll.poll(timeout * 1000):
             return [], []
         try:
             frames = self._frames()
+            while not frames and timeout is None:
+                frames = self._frames()
         except OSError as error:
             raise ConnectionError(f"the connection to the node is lost ({error})") from None
         if len(frames) == 1 and type(frames[0]) is memoryview:
