@@ -74,6 +74,10 @@ FIRST_MOMENT = 1.0
 """When simulated time begins: not at zero, which messages use for times that are not known."""
 
 
+STUCK_S = 30.0
+"""Without progress for so long, with no task running and none of the program's own timers, nothing will come any more."""
+
+
 class SimulationError(RuntimeError):
     """The simulation cannot go on; the sentence says why."""
 
@@ -437,6 +441,18 @@ class Engine:
         while self.starting or env.peek() <= self.progress_at + quiet:
             env.step()
         self.progress_at = self.now
+
+    def check_progress(self) -> None:
+        """Raise ``SimulationError`` if a program that waits without a deadline waits for ever."""
+        env = self.env
+        quiet = env.now - self.progress_at > STUCK_S and not (self.running or self.moving or self.starting)
+        if quiet or env.peek() == float("inf"):
+            raise SimulationError(
+                f"the program waits for something that cannot come any more: at {env.now - FIRST_MOMENT:.3f} s of "
+                "simulated time no task is running, no object is moving and nothing is being said. Look for a task "
+                "that waits for its own result, for an actor that waits for a call to itself, or for an event that "
+                "nobody sets"
+            )
 
     def step(self, address: Address, machine: Machine, events: list[AnyEvent], now: float) -> list[AnyEffect]:
         """One step of one machine; calibration and tests put something around it."""

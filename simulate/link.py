@@ -5,8 +5,11 @@ to ``busy_until``, and frames leave when the CPU has come that far.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-from trio_ray.runtime.api.link import Payload, Write
+from trio_ray.runtime.api.errors import ObjectStoreFullError, RaySystemError
+from trio_ray.runtime.api.link import Payload
+from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import (
     Address,
@@ -22,6 +25,7 @@ from trio_ray.runtime.core.messages import (
 )
 from trio_ray.simulate.engine import Host
 from trio_ray.simulate.network import after
+from trio_ray.simulate.references import Register
 
 INLINE_LIMIT = 100 * 1024
 """Bytes; as in a real cluster."""
@@ -32,38 +36,36 @@ FLUSH_S = 0.001
 class Pin:
     """Owns the read pin of a shared value, as its buffer's exporter does in a real process."""
 
-    __slots__ = ("_core", "_object_id")
+    __slots__ = ("_link", "_object_id")
 
-    def __init__(self, core: ClientCore, object_id: bytes) -> None:
-        self._core = core
+    def __init__(self, link: "SimulatedLink", object_id: bytes) -> None:
+        self._link = link
         self._object_id = object_id
 
     def __del__(self) -> None:
-        self._core.unpinned.append(self._object_id)
+        self._link.core.unpinned.append(self._object_id)
+        self._link.tidy_soon()
 
 
 class SimulatedLink:
-    """The part that drivers and workers share. ``block`` and ``wait_begins``/``wait_ends`` are theirs."""
+    """The part that drivers and workers share; ``block`` is theirs."""
 
     inline_limit = INLINE_LIMIT
-    threaded = False
+    lock: AbstractContextManager[bool | None] = nullcontext()
 
-    def __init__(self, host: Host, process: Address) -> None:
+    def __init__(self, host: Host, process: Address, register: Register) -> None:
         self.host = host
         self.engine = host.engine
         self.process = process
         self.address = process
         self.node = host.node
-        self.core = ClientCore(process, self.adopt)
+        self.core = ClientCore(process, lambda value: Pin(self, value.object_id))
         self.cost = host.engine.profile.client
         self.busy_until = 0.0
         """When this process's CPU is free again."""
         self.closed = ""
         self._flush_due = False
-
-    def adopt(self, value: Value) -> Pin:
-        """The owner of a shared value's read pin."""
-        return Pin(self.core, value.object_id)
+        register.joined(self)
 
     def now(self) -> float:
         """Simulated time in seconds."""
@@ -81,6 +83,11 @@ class SimulatedLink:
         if len(self.core.out) >= self.cost.submit_batch:
             self.flush()
         elif not self._flush_due:
+            self.tidy_soon()
+
+    def tidy_soon(self) -> None:
+        """Something may wait to be sent, but not for ever."""
+        if not self._flush_due and not self.closed:
             self._flush_due = True
             after(self.engine.env, FLUSH_S, self._flush_now)
 
@@ -91,6 +98,8 @@ class SimulatedLink:
 
     def flush(self) -> None:
         """Send what was added, now."""
+        if self.closed:
+            raise RaySystemError(self.closed)
         if self.core.pending:
             self.send(self.core.take())
 
@@ -107,7 +116,7 @@ class SimulatedLink:
             elif kind is PutObjects:
                 seconds += cost.put_s * len(message.objects)  # type: ignore[union-attr]
             elif kind is TasksDone:
-                seconds = self.engine.profile.worker.frame_s
+                seconds += self.engine.profile.worker.frame_s - cost.frame_s
         self.charge(seconds)
         engine = self.engine
         delay = self.busy_until - engine.env.now + engine.profile.link.unix_latency_s
@@ -121,79 +130,76 @@ class SimulatedLink:
             return value.payload
         content = self.host.arena[value.offset]
         self.charge(value.size * self.cost.byte_s)
-        assert isinstance(content, bytes | bytearray)
-        return memoryview(content).toreadonly()
+        assert isinstance(content, bytes)
+        return content
 
-    def store(self, object_id: bytes, size: int, write: Write) -> int:
-        """Make a large object in the node's store; its offset there."""
+    def store(self, object_id: bytes, packed: Packed) -> int:
+        """Write a large object into the node's store; its offset there. Raises ``ObjectStoreFullError``."""
+        self.may_block()
         answers: list[ObjectCreated | CreateFailed] = []
-        self.core.create(object_id, size, answers.append)
+        self.core.create(object_id, packed.size, answers.append)
         self.flush()
         self.block(lambda: bool(answers))
-        return self.written(answers[0], size, write)
-
-    async def store_async(self, object_id: bytes, size: int, write: Write) -> int:
-        """``store`` for a Trio task."""
-        import trio
-
-        answers: list[ObjectCreated | CreateFailed] = []
-        answered = trio.Event()
-
-        def answer(message: ObjectCreated | CreateFailed) -> None:
-            answers.append(message)
-            answered.set()
-
-        self.core.create(object_id, size, answer)
-        self.flush()
-        await answered.wait()
-        return self.written(answers[0], size, write)
-
-    def written(self, answer: ObjectCreated | CreateFailed, size: int, write: Write) -> int:
-        """Fill the room that the node gave. Raises ``MemoryError`` if it gave none."""
+        answer = answers[0]
         if isinstance(answer, CreateFailed):
-            raise MemoryError(answer.reason)
-        content = bytearray(size)
-        write(memoryview(content))
-        self.host.arena[answer.offset] = content
-        self.charge(size * self.cost.byte_s)
+            raise ObjectStoreFullError(answer.reason)
+        self.host.arena[answer.offset] = packed.to_bytes()
+        self.charge(packed.size * self.cost.byte_s)
         return answer.offset
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
-    def wait(self, object_ids: Sequence[bytes], count: int, timeout: float | None, *, fetch: bool) -> bool:
-        """Let simulated time pass until ``count`` of these exist (``fetch``: can be read here)."""
+    def wait(
+        self, object_ids: Sequence[bytes], count: int, timeout: float | None, *, fetch: bool,
+        stop_at_error: bool = False,
+    ) -> bool:  # fmt: skip
+        """Let simulated time pass until ``count`` of these exist (``fetch``: can be read here), or one is an error."""
         core = self.core
-        core.want(object_ids, fetch=fetch)
-        self.flush()
-
-        def ready(object_id: bytes) -> bool:
-            if fetch:
-                return core.readable(object_id)
-            return core.values.get(object_id) is not None
+        elsewhere: list[bytes] = []
 
         def enough() -> bool:
             if self.closed:
-                raise ConnectionError(self.closed)
-            return sum(1 for object_id in object_ids if ready(object_id)) >= count
+                raise RaySystemError(self.closed)
+            there = 0
+            elsewhere.clear()
+            for object_id in object_ids:
+                value = core.values.get(object_id)
+                if value is None:
+                    continue
+                if value.error and stop_at_error:
+                    return True
+                if fetch and value.where == Where.ELSEWHERE:
+                    elsewhere.append(object_id)
+                else:
+                    there += 1
+            return there >= count
 
-        def changed() -> None:
-            missing = [object_id for object_id in object_ids if not ready(object_id)]
-            if fetch:
-                core.want(missing, fetch=True)
+        def enough_or_ask() -> bool:
+            done = enough()
+            if elsewhere and not done:  # told of since they were asked for; their bytes were not
+                core.want(elsewhere, fetch=True)
                 self.flush()
+            return done
 
         if enough():
             return True
+        self.may_block()
+        core.want(object_ids, fetch=fetch)
+        self.flush()
         if timeout is not None and timeout <= 0:
             return False
-        return self.block(enough, timeout, changed)
+        return self.block(enough_or_ask, timeout)
 
-    def block(self, enough: Callable[[], bool], timeout: float | None = None, changed: Callable[[], None] | None = None) -> bool:
+    def may_block(self) -> None:
+        """Raise if this process's code cannot wait where it is."""
+
+    def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
         """Let simulated time pass until ``enough()``; False if ``timeout`` seconds passed first."""
         raise NotImplementedError
 
-    def ask(self, subject: str, argument: str) -> bytes:
-        """The answer to a ``Query``."""
+    def ask(self, subject: str, argument: str = "") -> bytes:
+        """The answer to a ``Query``; ``LookupError`` if it is an error."""
+        self.may_block()
         answers: list[Answer] = []
         self.core.ask(subject, argument, answers.append)
         self.flush()
@@ -202,11 +208,14 @@ class SimulatedLink:
             raise LookupError(answers[0].error)
         return answers[0].body
 
-    def wait_begins(self) -> None:
-        """Nothing to do for a driver."""
+    def call_soon(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """The callback itself: news come on the thread that Trio runs on. It wakes a Trio task, so time must stop."""
 
-    def wait_ends(self) -> None:
-        """Nothing to do for a driver."""
+        def call() -> None:
+            self.engine.woken = True
+            callback()
+
+        return call
 
     # -- ending ------------------------------------------------------------------------------------------------
 
@@ -218,9 +227,6 @@ class SimulatedLink:
 class DriverLink(SimulatedLink):
     """The driver's: the program runs under Trio, and time passes while all its tasks wait."""
 
-    def __init__(self, host: Host, process: Address) -> None:
-        super().__init__(host, process)
-
     def receive(self, messages: list[AnyMessage]) -> None:
         """A frame has arrived; the program sees it when the CPU has read it."""
         items = sum(len(getattr(message, "values", ())) for message in messages)
@@ -229,21 +235,14 @@ class DriverLink(SimulatedLink):
 
     def _take_in(self, messages: list[AnyMessage]) -> None:
         self.core.receive(messages)
-        self.engine.woken = True
 
-    def block(self, enough: Callable[[], bool], timeout: float | None = None, changed: Callable[[], None] | None = None) -> bool:
+    def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
         """A synchronous wait in the program stops all its Trio tasks, here as on a real cluster."""
         engine = self.engine
-        deadline = None if timeout is None else engine.now + timeout
+        deadline = float("inf") if timeout is None else engine.now + timeout
         while not enough():
-            if changed is not None:
-                changed()
-            engine.woken = False
-            while not engine.woken:
-                if deadline is not None and engine.env.peek() > deadline:
-                    return False
-                engine.check_progress()
-                engine.env.step()
+            if engine.env.peek() > deadline:
+                return False
+            engine.check_progress()
+            engine.env.step()
         return True
-
-

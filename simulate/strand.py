@@ -39,6 +39,7 @@ class Strand:
         self._work: Callable[[], None] | None = None
         self._error: BaseException | None = None
         self._abandoned = False
+        self._interrupted = False
         self.finished = True
         self._thread = threading.Thread(target=self._loop, name="simulated task", daemon=True)
         self._thread.start()
@@ -59,13 +60,23 @@ class Strand:
         return self.finished
 
     def wait(self) -> None:
-        """In the strand: hand over to the simulation until it resumes this strand. Raises ``Abandoned``."""
+        """In the strand: hand over to the simulation until it resumes this strand. Raises ``Abandoned``, or
+        ``KeyboardInterrupt`` as in a real worker whose task is cancelled."""
+        if not self._abandoned:
+            self._back.release()
+            self._go.acquire()
+        self._check()
+
+    def _check(self) -> None:
         if self._abandoned:
             raise Abandoned
-        self._back.release()
-        self._go.acquire()
-        if self._abandoned:
-            raise Abandoned
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """The work is to get a ``KeyboardInterrupt`` where it waits, when it is resumed."""
+        self._interrupted = True
 
     def abandon(self) -> None:
         """Make work that waits unwind; whatever it raises or waits for then is ignored."""

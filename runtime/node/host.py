@@ -116,7 +116,7 @@ class Host:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def run(
-        self, listeners: list[socket.socket], websockets: Callable[["Host"], Any] | None, template: socket.socket,
+        self, listeners: list[socket.socket], websockets: Callable[..., Any] | None, template: socket.socket,
         ready: Callable[[], None],
     ) -> None:  # fmt: skip
         """Serve until cancelled; every link, worker and timer ends with it."""
@@ -129,7 +129,7 @@ class Host:
                 for listener in listeners:
                     nursery.start_soon(self._accept_forever, listener)
                 if websockets is not None:
-                    nursery.start_soon(websockets, self)
+                    await nursery.start(partial(websockets, self))
                 if self._head:
                     await nursery.start(self._dial_head)
                 for address, machine in self._machines.items():
@@ -336,7 +336,8 @@ class Host:
                 try:
                     hello = await receive_hello(link, listener)
                 except (AuthenticationError, ProtocolError, LinkClosed, trio.TooSlowError) as error:
-                    print(f"a connection was refused: {error}", file=sys.stderr)
+                    why = str(error) or "it did not complete the handshake"
+                    print(f"a connection was refused: {why}", file=sys.stderr)
                     return
                 if hello.role == "node":
                     link.send(listener.accept(self._welcome(hello.node)))

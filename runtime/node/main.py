@@ -72,6 +72,7 @@ def _be_template(control: socket.socket, settings: NodeSettings) -> None:
 def _run(settings: NodeSettings, template: socket.socket) -> None:
     import random
     import time
+    from functools import partial
 
     import trio
 
@@ -86,6 +87,7 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     from trio_ray.runtime.node.host import Host
     from trio_ray.runtime.node.recording import Recording
     from trio_ray.runtime.transport.addresses import is_loopback
+    from trio_ray.runtime.transport.frames import MAX_CONTROL_BYTES
     from trio_ray.runtime.transport.handshake import Welcome
 
     if not is_loopback(settings.host) and not settings.insecure:
@@ -134,13 +136,19 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     )  # fmt: skip
     ready = Ready(node=settings.node, pid=os.getpid(), unix=f"unix:{path}", tcp=tcp_address)
 
-    async def websockets(host: Host) -> None:
+    async def websockets(host: Host, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         from trio_websocket import WebSocketRequest, serve_websocket
 
         async def handler(request: WebSocketRequest) -> None:
             await host.serve_websocket(await request.accept())
 
-        await serve_websocket(handler, settings.host, settings.ws_port, None, max_message_size=1 << 30)
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(
+                partial(serve_websocket, max_message_size=MAX_CONTROL_BYTES), handler, settings.host, settings.ws_port,
+                None,
+            )  # fmt: skip
+            ready.ws = f"ws://{settings.host}:{server.port}"
+            task_status.started()
 
     async def until_told() -> None:
         async with trio.open_nursery() as nursery:

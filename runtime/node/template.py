@@ -45,7 +45,10 @@ def run_template(control: socket.socket, run_worker: Callable[[int], None]) -> N
                     pass
                 _reap(control, numbers)
                 continue
-            data = control.recv(4096)
+            try:
+                data = control.recv(4096)
+            except ConnectionResetError:  # the node was killed with reports of ours unread
+                data = b""
             if not data:
                 _end(numbers)
             *lines, pending = (pending + data).split(b"\n")

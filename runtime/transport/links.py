@@ -350,25 +350,42 @@ async def receive_hello(link: Link, listener: Listener) -> Hello:
 async def dial(address: str, secret: bytes, hello: Hello) -> AsyncIterator[tuple[Link, Welcome]]:
     """An authenticated link to a node, whose writer runs until the block ends.
 
-    Raises ConnectionError with a sentence, AuthenticationError, or ValueError for what is no address.
+    Raises ConnectionError with a sentence, AuthenticationError, ProtocolError, or ValueError for what is no address.
+    What the block itself raises comes in an ``ExceptionGroup``, as from any nursery.
     """
     where = addresses.parse(address)
+    failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         try:
-            link = await _open(where, nursery)
-        except (OSError, trio.Cancelled) as error:
-            if isinstance(error, trio.Cancelled):
-                raise
-            raise ConnectionError(
-                f"no cluster answers at {where} ({error}); is it up? `trio-ray status` shows clusters of this machine"
-            ) from None
-        try:
-            nursery.start_soon(link.write_forever)
-            welcome = await shake_hands(link, Dialler(secret, hello))
-            yield link, welcome
-        finally:
-            link.close()
+            link, welcome = await _dial(where, secret, hello, nursery)
+        except (ConnectionError, AuthenticationError, ProtocolError) as error:
+            failure = error  # raised below: a nursery would wrap it in a group
             nursery.cancel_scope.cancel()
+        else:
+            try:
+                yield link, welcome
+            finally:
+                link.close()
+                nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _dial(
+    where: addresses.Endpoint, secret: bytes, hello: Hello, nursery: trio.Nursery
+) -> tuple[Link, Welcome]:
+    try:
+        link = await _open(where, nursery)
+    except OSError as error:
+        raise ConnectionError(
+            f"no cluster answers at {where} ({error}); is it up? `trio-ray status` shows clusters of this machine"
+        ) from None
+    nursery.start_soon(link.write_forever)
+    try:
+        return link, await shake_hands(link, Dialler(secret, hello))
+    except BaseException:
+        link.close()
+        raise
 
 
 async def _open(where: addresses.Endpoint, nursery: trio.Nursery) -> Link:

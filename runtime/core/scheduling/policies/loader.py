@@ -1,7 +1,6 @@
 """From a policy's name to the policy. The one place in the core that imports code it does not know."""
 
 from importlib import import_module
-from inspect import isabstract
 
 from trio_ray.runtime.core.scheduling.policies.base import Policy
 
@@ -98,4 +97,4 @@ def _make(module_name: str, attribute: str, name: str) -> Policy:
 
 
 def _is_policy(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Policy) and not isabstract(value)
+    return isinstance(value, type) and issubclass(value, Policy) and not value.__abstractmethods__
