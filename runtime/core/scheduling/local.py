@@ -46,7 +46,7 @@ class Phase(IntEnum):
 class TemplateEntry:
     """A template and what was measured of its tasks here."""
 
-    __slots__ = ("ahead", "key", "logged", "mean_s", "template")
+    __slots__ = ("ahead", "key", "logged", "mean_s", "simple", "template")
 
     def __init__(self, template: TaskTemplate) -> None:
         self.template = template
@@ -55,6 +55,8 @@ class TemplateEntry:
         """How many of its tasks a worker may hold."""
         self.key: QueueKey = (template.placement, template.resources)
         self.logged = False
+        self.simple = template.kind == Kind.TASK and template.num_returns == 1
+        """Its tasks need none of the care that actors, and several return values, need."""
 
     def measured(self, duration_s: float) -> None:
         """One of its tasks took so long."""
@@ -255,7 +257,7 @@ class LocalScheduler:
                     inputs[object_id] = self._table.value(entries[object_id], process)
         self._touched[worker.process] = worker
 
-    def finished(self, worker: WorkerEntry, task: TaskEntry, duration_s: float) -> None:
+    def finished(self, task: TaskEntry, duration_s: float) -> None:
         """A task that the worker had is done (``duration_s`` < 0: it never ran)."""
         self.running -= 1
         if duration_s >= 0:
