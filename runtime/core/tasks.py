@@ -112,13 +112,14 @@ class Tasks:
         """By template: how many more tasks of this batch stay here. Tasks with inputs are asked about one by one."""
         last = b""
         simple = False
-        enqueue = self._scheduler.enqueue
+        enqueue, give, actors = self._scheduler.enqueue, self._scheduler.give, self.actors.local
         for spec in message.specs:
             task_id = spec.task_id
             if spec.template != last:
                 last = spec.template
                 template = templates[last]
-                simple = template.simple and not self.cancelled and template.template.function_id in self._functions
+                needs = template.template.function_id
+                simple = template.simple and not self.cancelled and (not needs or needs in self._functions)
             first = task_id + FIRST
             if task_id in entries or (first in objects and self._made_before(source, spec, template)):
                 continue
@@ -139,6 +140,11 @@ class Tasks:
                 heapq.heappush(self._deadlines, (spec.deadline, task_id))
             self.unlogged.append(task)
             if simple and not spec.inputs:
+                if spec.actor:
+                    actor = actors.get(spec.actor)
+                    if actor is not None and actor.alive and source not in actor.waiting:
+                        give(actor.worker, task, now)
+                        continue
                 left = kept.get(last, -1)
                 if left > 0:  # by far the most common: nothing to wait for, and it stays
                     kept[last] = left - 1
@@ -314,6 +320,8 @@ class Tasks:
                 ):  # ``_finish`` in one go, for the most common case: a small result that only its submitter knows
                     task.phase = Phase.DONE
                     del unfinished[spec.task_id]
+                    if spec.actor:
+                        self._table.unpin(objects[spec.actor + FIRST])
                     if entry is not None and entry.state == State.PENDING:
                         payload = output.payload
                         entry.state, entry.payload, entry.size = State.INLINE, payload, len(payload)

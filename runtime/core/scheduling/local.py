@@ -55,8 +55,8 @@ class TemplateEntry:
         """How many of its tasks a worker may hold."""
         self.key: QueueKey = (template.placement, template.resources)
         self.logged = False
-        self.simple = template.kind == Kind.TASK and template.num_returns == 1
-        """Its tasks need none of the care that actors, and several return values, need."""
+        self.simple = template.kind != Kind.ACTOR_CREATION and template.num_returns == 1
+        """Its tasks need none of the care that creations, and several return values, need."""
 
     def measured(self, duration_s: float) -> None:
         """One of its tasks took so long."""
