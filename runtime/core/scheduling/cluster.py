@@ -187,6 +187,7 @@ class ClusterView:
             state = self.nodes.get(info.node)
             if state is None or state.info.resources != info.resources or state.info.labels != info.labels:
                 came = True
+                self.nodes.pop(info.node, None)  # the last to join stands last
                 self.nodes[info.node] = NodeState(info, self._joined)
                 self._joined += 1
         self._candidates.clear()
@@ -200,10 +201,15 @@ class ClusterView:
         if state is None:
             return
         state.heard(load)
+        first = (not self._typical_mean_s and load.mean_task_s) or (
+            not self._typical_bandwidth and load.bandwidth_bytes_per_s
+        )
         self._typical_mean_s = _blend(self._typical_mean_s, load.mean_task_s)
         self._typical_bandwidth = _blend(self._typical_bandwidth, load.bandwidth_bytes_per_s)
-        state.view = self._view(state)
-        self._show(state, None, None)
+        # Nodes without averages of their own learn of later changes with their next heartbeat.
+        for changed in self.nodes.values() if first else (state,):
+            changed.view = self._view(changed)
+            self._show(changed, None, None)
 
     def _view(self, state: NodeState) -> NodeView:
         load = state.load
