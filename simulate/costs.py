@@ -24,6 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from trio_ray.runtime.api.actors import ActorClass
+from trio_ray.runtime.api.remote import RemoteFunction
+
 Draw = Callable[[np.random.Generator], float]
 """Draws a duration in seconds."""
 
@@ -216,4 +219,8 @@ class TaskCosts:
 
 def undecorated(function: object) -> object:
     """The plain function or class behind ``@remote``; anything else unchanged."""
-    return getattr(function, "__wrapped__", function)
+    if isinstance(function, RemoteFunction):
+        return function.function
+    if isinstance(function, ActorClass):
+        return function.cls
+    return function

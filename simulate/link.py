@@ -155,40 +155,18 @@ class SimulatedLink:
     ) -> bool:  # fmt: skip
         """Let simulated time pass until ``count`` of these exist (``fetch``: can be read here), or one is an error."""
         core = self.core
-        elsewhere: list[bytes] = []
-
-        def enough() -> bool:
-            if self.closed:
-                raise RaySystemError(self.closed)
-            there = 0
-            elsewhere.clear()
-            for object_id in object_ids:
-                value = core.values.get(object_id)
-                if value is None:
-                    continue
-                if value.error and stop_at_error:
-                    return True
-                if fetch and value.where == Where.ELSEWHERE:
-                    elsewhere.append(object_id)
-                else:
-                    there += 1
-            return there >= count
-
-        def enough_or_ask() -> bool:
-            done = enough()
-            if elsewhere and not done:  # told of since they were asked for; their bytes were not
-                core.want(elsewhere, fetch=True)
-                self.flush()
-            return done
-
-        if enough():
-            return True
-        self.may_block()
-        core.want(object_ids, fetch=fetch)
-        self.flush()
-        if timeout is not None and timeout <= 0:
-            return False
-        return self.block(enough_or_ask, timeout)
+        waiting = Waiting(core, object_ids, count, fetch=fetch, stop_at_error=stop_at_error)
+        try:
+            if waiting.enough():
+                return True
+            self.may_block()
+            core.want(object_ids, fetch=fetch)
+            self.flush()
+            if timeout is not None and timeout <= 0:
+                return False
+            return self.block(waiting.enough, timeout)
+        finally:
+            waiting.end()
 
     def may_block(self) -> None:
         """Raise if this process's code cannot wait where it is."""
@@ -221,7 +199,48 @@ class SimulatedLink:
 
     def end(self, reason: str) -> None:
         """The process is gone."""
-        self.closed = reason or "the process has ended"
+        self.closed = self.core.failure = reason or "the process has ended"
+
+
+class Waiting:
+    """How many of some objects are there; news of each are counted as they come."""
+
+    def __init__(
+        self, core: ClientCore, object_ids: Sequence[bytes], count: int, *, fetch: bool, stop_at_error: bool
+    ) -> None:  # fmt: skip
+        self._core = core
+        self._count = count
+        self._fetch = fetch
+        self._stop_at_error = stop_at_error
+        self._there = 0
+        self._failed = False
+        self._object_ids = object_ids
+        for object_id in object_ids:
+            self._look(object_id)
+
+    def enough(self) -> bool:
+        """Whether as many are there as are wanted, or one is an error. Raises ``RaySystemError`` if the link is lost."""
+        if self._core.failure:
+            raise RaySystemError(self._core.failure)
+        return self._there >= self._count or self._failed
+
+    def _look(self, object_id: bytes) -> None:
+        core = self._core
+        value = core.values.get(object_id)
+        if value is None or (self._fetch and value.where == Where.ELSEWHERE):
+            if value is not None:
+                core.want([object_id], fetch=True)  # the shell sends it with what it sends after news
+            core.watch(object_id, self._look)
+            return
+        self._there += 1
+        if value.error and self._stop_at_error:
+            self._failed = True
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        if self._there < len(self._object_ids):
+            for object_id in self._object_ids:
+                self._core.unwatch(object_id, self._look)
 
 
 class DriverLink(SimulatedLink):
@@ -235,6 +254,8 @@ class DriverLink(SimulatedLink):
 
     def _take_in(self, messages: list[AnyMessage]) -> None:
         self.core.receive(messages)
+        if self.core.out:
+            self.flush()
 
     def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
         """A synchronous wait in the program stops all its Trio tasks, here as on a real cluster."""
