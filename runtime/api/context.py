@@ -19,7 +19,7 @@ class TaskContext:
     """The running task: its ids, the counters from which its children's ids derive, its scope and deadline."""
 
     __slots__ = (
-        "actor_id", "children", "deadline", "in_trio", "name", "prefix", "puts", "scope", "scopes", "session",
+        "_prefix", "actor_id", "children", "deadline", "in_trio", "name", "puts", "scope", "scopes", "session",
         "spawned", "task_id",
     )  # fmt: skip
 
@@ -29,7 +29,7 @@ class TaskContext:
     ) -> None:  # fmt: skip
         self.session = session
         self.task_id = task_id
-        self.prefix = ids.children_prefix(task_id)
+        self._prefix = b""
         self.children = count()
         self.puts = count()
         self.scopes = count()
@@ -43,6 +43,14 @@ class TaskContext:
         """Trio runs here: a surrounding deadline passes on to children."""
         self.spawned = False
         """It submitted tasks."""
+
+    @property
+    def prefix(self) -> bytes:
+        """What its children's ids begin with."""
+        prefix = self._prefix
+        if not prefix:
+            prefix = self._prefix = ids.children_prefix(self.task_id)
+        return prefix
 
 
 running: ContextVar[TaskContext | None] = ContextVar("trio_ray_task", default=None)

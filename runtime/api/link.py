@@ -26,8 +26,10 @@ class Link(Protocol):
     node: Address
     inline_limit: int
     """Values up to so many bytes travel in messages; larger ones go through the object store."""
-    lock: AbstractContextManager[bool | None]
-    """Held around what the core allows only one thread at a time."""
+
+    @property
+    def lock(self) -> AbstractContextManager[bool | None]:
+        """Held around what the core allows only one thread at a time."""
 
     def now(self) -> float:
         """The node's clock, in seconds; deadlines are on it."""
@@ -61,4 +63,4 @@ class Link(Protocol):
         """Block this thread for the answer to a ``Query``, msgpack-encoded; ``LookupError`` if it is an error."""
 
     def call_soon(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """For a Trio task that is about to wait: ``callback`` wrapped so that news may call it from any thread."""
+        """``callback`` wrapped for the core to call: it runs with no lock held, and in Trio's thread if this is it."""

@@ -174,6 +174,14 @@ class Session:
             values.append(value)
         return values
 
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    def wait_begins(self) -> None:
+        """An async task is about to wait for objects; a worker then lends its CPU out. Called under the link's lock."""
+
+    def wait_ends(self) -> None:
+        """It goes on. Called under the link's lock."""
+
     # -- ending ------------------------------------------------------------------------------------------------
 
     def cancel(self, ref: ObjectRef, *, force: bool, recursive: bool) -> None:

@@ -13,11 +13,12 @@ which they were taken from the core), ``lock`` (the core itself).
 
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from trio_ray.runtime.api import refs
 from trio_ray.runtime.api.errors import ObjectStoreFullError, RaySystemError
@@ -46,7 +47,7 @@ INTERRUPTED = (
 
 
 class SyncConnection:
-    """A ``Link`` over a blocking socket. Made by ``connect``; ``close`` ends it."""
+    """A ``Link`` over a blocking socket. Made by ``connect``, ended by ``close``."""
 
     def __init__(self, link: BlockingLink) -> None:
         welcome = link.welcome
@@ -89,15 +90,6 @@ class SyncConnection:
         self._ready_poll = select.poll()
         self._ready_poll.register(link.fileno(), select.POLLIN)
         self._pump: threading.Thread | None = None
-
-    @classmethod
-    def connect(cls, address: str, secret: bytes, hello: Hello) -> "SyncConnection":
-        """Connect to the node at ``address``. Raises ConnectionError and AuthenticationError with a sentence."""
-        made: list[SyncConnection] = []
-        link = BlockingLink.connect(address, secret, hello, lambda *place: made[0]._window(*place))
-        connection = cls(link)
-        made.append(connection)
-        return connection
 
     def start_pump(self) -> None:
         """Let the pump work, in a thread of its own."""
@@ -183,8 +175,7 @@ class SyncConnection:
         self._half_read = False
         if self.core.out:
             self.flush()
-        while self._after:
-            self._after.popleft()()
+        self._call_after()
 
     def _lost(self, reason: str) -> None:
         with self.lock:
@@ -192,6 +183,11 @@ class SyncConnection:
                 self.core.lost(reason)
         for parked in list(self._parked):
             _release(parked)
+        self._call_after()
+
+    def _call_after(self) -> None:
+        while self._after:
+            self._after.popleft()()
 
     def lead(self, done: Callable[[], bool], parked: Any, timeout: float | None) -> bool:
         """Block this thread until ``done()``; ``parked`` is a held lock that is released when it may be so.
@@ -313,6 +309,28 @@ class SyncConnection:
         except (BlockingIOError, OSError):
             pass
 
+    # -- under Trio ----------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Of the socket, to wait on."""
+        return self._link.fileno()
+
+    def hand_to_trio(self, flush_later: Callable[[], None] | None) -> None:
+        """From now on a Trio task reads, and ``flush_later`` arranges for a flush (None: the pump does both again)."""
+        self.flush_later = flush_later
+        refs.wake_with(flush_later)
+        self._wake_pump()
+
+    def read_if_free(self) -> None:
+        """Take in what has arrived, unless another thread is about to."""
+        if self._reading.acquire(blocking=False):
+            try:
+                if self._ready_poll.poll(0):
+                    self.read_now()
+            finally:
+                self._reading.release()
+                self._hand_over()
+
     # -- what the API asks for -----------------------------------------------------------------------------------
 
     def wait(
@@ -411,9 +429,24 @@ class SyncConnection:
             return SharedMemory.view(owner)
         return value.payload
 
-    def after(self, callback: Callable[[], None]) -> None:
-        """For callbacks of the core: call ``callback`` as soon as no lock is held."""
-        self._after.append(callback)
+    def call_soon(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """See ``Link.call_soon``."""
+        trio = sys.modules.get("trio")
+        if trio is None or not trio.lowlevel.in_trio_run():
+            return lambda: self._after.append(callback)
+        token = trio.lowlevel.current_trio_token()
+        thread = threading.get_ident()
+
+        def call() -> None:
+            if threading.get_ident() == thread:
+                self._after.append(callback)
+            else:
+                try:
+                    token.run_sync_soon(callback)
+                except trio.RunFinishedError:
+                    pass  # nobody waits any more
+
+        return call
 
     # -- shared memory and streams ---------------------------------------------------------------------------------
 
@@ -426,7 +459,8 @@ class SyncConnection:
         if self._asleep:
             self._wake_pump()
 
-    def _window(self, transfer: int, position: int, size: int) -> memoryview | None:
+    def window(self, transfer: int, position: int, size: int) -> memoryview | None:
+        """Where the bytes of a streamed value go."""
         buffer = self._streams.get(transfer)
         if buffer is None:
             value = self.core.streams.get(transfer)
@@ -465,6 +499,17 @@ class SyncConnection:
         """In a forked child: forget the parent's connection without ending it."""
         self.closed = True
         self.core.failure = "this process was forked from one that uses trio_ray, and has no connection of its own"
+
+
+Connection = TypeVar("Connection", bound=SyncConnection)
+
+
+def connect(kind: type[Connection], address: str, secret: bytes, hello: Hello) -> Connection:
+    """Connect to the node at ``address``. Raises ConnectionError and AuthenticationError with a sentence."""
+    made: list[Connection] = []
+    link = BlockingLink.connect(address, secret, hello, lambda *place: made[0].window(*place))
+    made.append(kind(link))
+    return made[0]
 
 
 def _release(parked: Any) -> None:

@@ -1,0 +1,120 @@
+"""``async def`` tasks and actors with ``async def`` methods: they run under Trio.
+
+An actor lives under one ``trio.run`` until its process ends. Its calls begin in order, up to ``max_concurrency`` at a
+time; plain methods among them run in Trio's thread, between two steps of the others.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from trio_ray.runtime.api import context
+from trio_ray.runtime.client.trio_reader import read_in_trio
+from trio_ray.runtime.core.messages import Output, Status, TaskResult
+from trio_ray.runtime.core.spec import Kind, TaskSpec
+from trio_ray.runtime.core.worker import Inputs
+from trio_ray.runtime.worker.execute import Executor
+
+
+class AsyncCalls:
+    """The async calls that run in this process."""
+
+    def __init__(self, executor: Executor, concurrency: int) -> None:
+        self._executor = executor
+        self._connection = executor.connection
+        self._free = concurrency
+        self._scopes: dict[bytes, trio.CancelScope] = {}
+        self._nursery: trio.Nursery
+
+    async def live(self, creation: TaskSpec, inputs: Inputs) -> None:
+        """Construct the actor, then serve its calls until the process ends."""
+        async with read_in_trio(self._connection), trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self.run(creation, inputs)
+            self._connection.on_tasks = self._begin
+            self._begin()
+            await trio.sleep_forever()
+
+    async def run_one(self, spec: TaskSpec, inputs: Inputs) -> None:
+        """Run one task."""
+        async with read_in_trio(self._connection):
+            self._connection.on_tasks = self._interrupt
+            try:
+                await self.run(spec, inputs)
+            finally:
+                self._connection.on_tasks = _nothing
+
+    def _begin(self) -> None:
+        """Begin what may begin, and end what is to end."""
+        while self._free:
+            entry = self._connection.next()
+            if entry is None:
+                break
+            self._free -= 1
+            self._nursery.start_soon(self._call, *entry)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        for task_id in self._connection.worker.interrupted:
+            scope = self._scopes.get(task_id)
+            if scope is not None:
+                scope.cancel()
+
+    async def _call(self, spec: TaskSpec, inputs: Inputs) -> None:
+        await self.run(spec, inputs)
+        self._free += 1
+        if self._connection.worker.queue:
+            self._begin()
+
+    async def run(self, spec: TaskSpec, inputs: Inputs) -> None:
+        """Run a task from beginning to end, and report its result."""
+        executor = self._executor
+        template = executor.template(spec)
+        task = executor.enter(spec, template)
+        task.in_trio = True
+        context.running.set(task)
+        status = Status.OK
+        made: tuple[Output, ...] = ()
+        started = time.monotonic()
+        with trio.CancelScope() as scope:
+            self._scopes[spec.task_id] = scope
+            try:
+                value: Any = executor.target(template)
+                args, kwargs = executor.arguments(spec, inputs)
+                value = value(*args, **kwargs)
+                if inspect.iscoroutine(value):
+                    value = await value
+                if template.kind == Kind.ACTOR_CREATION:
+                    executor.instance, value = value, None
+                del args, kwargs
+                made = executor.outputs(spec, template, value)
+                del value
+            except Exception as error:
+                status, made = executor.failure(template, error)
+        del self._scopes[spec.task_id]
+        if scope.cancelled_caught:
+            status, made = Status.CANCELLED, ()
+        if self._connection.worker.interrupted:
+            executor.forget_interrupt(spec.task_id)
+        ended = time.monotonic()
+        self._connection.done(TaskResult(spec.task_id, status, made, started, ended - started, task.spawned))
+
+
+def _nothing() -> None:
+    pass
+
+
+def live_as_actor(executor: Executor, creation: TaskSpec, inputs: Inputs) -> None:
+    """Go on as an actor with ``async def`` methods, until the node is gone (which ends the process)."""
+    calls = AsyncCalls(executor, executor.template(creation).max_concurrency)
+    trio.run(calls.live, creation, inputs)
+
+
+def run_task(executor: Executor, spec: TaskSpec, inputs: Inputs) -> None:
+    """Run one ``async def`` task."""
+    calls = AsyncCalls(executor, 1)
+    run: Callable[..., Any] = calls.run_one
+    trio.run(run, spec, inputs)
