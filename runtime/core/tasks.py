@@ -461,13 +461,13 @@ class Tasks:
                     continue
                 entry.exported = True
                 table.seal(entry, State.SHARED, size=output.size, contained=output.contained)
-            elif output.contained or stays:
+            elif output.contained or stays or object_id in table.entries:
+                # The last: something here waits for it, too.
                 entry = table.know(object_id)
                 table.seal(
                     entry, State.INLINE, payload=output.payload, size=len(output.payload),
                     error=result.status != Status.OK, contained=output.contained,
                 )  # fmt: skip
-                output = Output(output.payload, -1, len(output.payload), output.contained)
             outputs.append(output)
         told = TaskResult(
             result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s, result.spawned
