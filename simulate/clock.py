@@ -11,6 +11,7 @@ generator. The switch and the generator are private names of Trio's, as it has n
 them for the time of a simulation and puts them back.
 """
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from trio_ray.simulate.engine import Engine
 
 STEPS_BETWEEN_LOOKS = 2_000
 """SimPy events after which Trio gets to look for signals (Ctrl-C)."""
+PASSES_BETWEEN_COLLECTIONS = 2_000
+"""How often Trio lets time pass between two garbage collections."""
 
 
 class SimulatedClock(trio.abc.Clock):
@@ -35,6 +38,7 @@ class SimulatedClock(trio.abc.Clock):
         """What went wrong in the simulation itself."""
         self.stop: trio.CancelScope | None = None
         """Cancelled when the simulation cannot go on."""
+        self._passes_left = PASSES_BETWEEN_COLLECTIONS
 
     def start_clock(self) -> None:
         """The engine's clock runs already."""
@@ -60,6 +64,10 @@ class SimulatedClock(trio.abc.Clock):
         engine.woken = False
         if deadline == inf:
             engine.check_progress()
+        self._passes_left -= 1
+        if not self._passes_left:
+            self._passes_left = PASSES_BETWEEN_COLLECTIONS
+            gc.collect()
         for _ in range(STEPS_BETWEEN_LOOKS):
             at = env.peek()
             if at == inf and deadline == inf:

@@ -25,6 +25,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 
@@ -138,17 +139,17 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """How many nodes there are."""
         return sum(group.count for group in self.groups)
 
-    def each(self) -> Iterator[tuple[NodeInfo, NodeGroup]]:
-        """All nodes in joining order; the first is the head."""
+    def each(self, seed: int = 0) -> Iterator[tuple[NodeInfo, NodeGroup]]:
+        """All nodes in joining order; the first is the head. Their addresses, from which all ids derive, hold the seed."""
         number = 0
         for group in self.groups:
             shape = resources(group.amounts())
             labels = tuple(sorted({"group": group.name, **group.labels}.items()))
             for _ in range(group.count):
-                yield NodeInfo(node_address(number), "", shape, labels, True, group.store_bytes), group
+                yield NodeInfo(node_address(number, seed), "", shape, labels, True, group.store_bytes), group
                 number += 1
 
 
-def node_address(number: int) -> Address:
+def node_address(number: int, seed: int) -> Address:
     """The address of node ``number`` (0: the head)."""
-    return f"n:{number:08x}"
+    return f"n:{crc32(b'%d' % seed) & 0xFFFF:04x}{number:05x}"

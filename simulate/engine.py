@@ -385,7 +385,6 @@ class Engine:
         self.profile = profile
         self.seed = seed
         self.history = History()
-        self.history.code(f"seed {seed}")
         self.meter = Meter()
         self.make_worker = make_worker
         self.hosts: list[Host] = []
@@ -403,7 +402,7 @@ class Engine:
         self._prices: dict[type, Price] = {}
         config = config or NodeConfig()
         groups: list[NodeGroup] = []
-        for number, (info, group) in enumerate(cluster.each()):
+        for number, (info, group) in enumerate(cluster.each(seed)):
             host = Host(self, number, info, group)
             self.hosts.append(host)
             groups.append(group)

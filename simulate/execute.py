@@ -19,7 +19,7 @@ from trio_ray.runtime.api.session import Session, unpack_arguments
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.messages import Function, Output, Status, Value
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
-from trio_ray.runtime.core.worker import Input, Inputs
+from trio_ray.runtime.core.worker import Input, Inputs, WorkerCore
 from trio_ray.simulate.costs import CostError, Model, TaskCost, TaskCosts
 from trio_ray.simulate.strand import is_leaf
 
@@ -119,6 +119,22 @@ class SimulatedSession(Session):
         self.prepared.add(template.template_id)
 
 
+class WorkerSession(SimulatedSession):
+    """A worker's: its tasks lend their CPU out while they wait."""
+
+    def __init__(self, link: "SimulatedLink", functions: Functions, worker: WorkerCore) -> None:
+        super().__init__(link, functions)
+        self._worker = worker
+
+    def wait_begins(self) -> None:
+        """A coroutine of this worker is about to wait."""
+        self._worker.wait_begins()
+
+    def wait_ends(self) -> None:
+        """It goes on."""
+        self._worker.wait_ends()
+
+
 def arguments(link: "SimulatedLink", spec: TaskSpec, inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of a call."""
     values = [_read(link, inputs[object_id]) for object_id in spec.inputs]
@@ -153,10 +169,15 @@ def returned(template: TaskTemplate, value: object) -> Sequence[object]:
         return (value,)
     if count == 0:
         return ()
-    if not isinstance(value, tuple | list) or len(value) != count:
-        got = f"{len(value)} values" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
-        raise ValueError(f"{template.name} was declared with num_returns={count}, but it returned {got}")
-    return value
+    try:
+        values = tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"{template.name} is to return {count} values (num_returns), but returned a {type(value).__name__}"
+        ) from None
+    if len(values) != count:
+        raise ValueError(f"{template.name} is to return {count} values (num_returns), but returned {len(values)}")
+    return values
 
 
 def model_payloads(body: Body, template: TaskTemplate, value: object) -> list[tuple[bytes, tuple[bytes, ...]]]:

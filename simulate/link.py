@@ -23,6 +23,7 @@ from trio_ray.runtime.core.messages import (
     Value,
     Where,
 )
+from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.simulate.engine import Host
 from trio_ray.simulate.network import after
 from trio_ray.simulate.references import Register
@@ -51,6 +52,7 @@ class SimulatedLink:
     """The part that drivers and workers share; ``block`` is theirs."""
 
     inline_limit = INLINE_LIMIT
+    patience_s = FLUSH_S
     lock: AbstractContextManager[bool | None] = nullcontext()
 
     def __init__(self, host: Host, process: Address, register: Register) -> None:
@@ -79,17 +81,17 @@ class SimulatedLink:
     # -- sending -----------------------------------------------------------------------------------------------
 
     def flush_soon(self) -> None:
-        """Send what was added when it is a batch, or a millisecond from now."""
+        """Send what was added when it is a batch, or else soon."""
         if len(self.core.out) >= self.cost.submit_batch:
             self.flush()
         elif not self._flush_due:
             self.tidy_soon()
 
     def tidy_soon(self) -> None:
-        """Something may wait to be sent, but not for ever."""
+        """Something waits to be sent, but not for ever."""
         if not self._flush_due and not self.closed:
             self._flush_due = True
-            after(self.engine.env, FLUSH_S, self._flush_now)
+            after(self.engine.env, self.patience_s, self._flush_now)
 
     def _flush_now(self) -> None:
         self._flush_due = False
@@ -155,18 +157,21 @@ class SimulatedLink:
     ) -> bool:  # fmt: skip
         """Let simulated time pass until ``count`` of these exist (``fetch``: can be read here), or one is an error."""
         core = self.core
-        waiting = Waiting(core, object_ids, count, fetch=fetch, stop_at_error=stop_at_error)
-        try:
-            if waiting.enough():
-                return True
+        there = 0
+        for object_id in object_ids:
+            value = core.values.get(object_id)
+            there += value is not None and not (fetch and value.where == Where.ELSEWHERE)
+        if there < count:
             self.may_block()
-            core.want(object_ids, fetch=fetch)
+        waiter = Waiter(core, object_ids, count, _nothing, fetch=fetch, stop_at_error=stop_at_error)
+        if not waiter.start():
             self.flush()
-            if timeout is not None and timeout <= 0:
+            if (timeout is not None and timeout <= 0) or not self.block(lambda: waiter.done, timeout):
+                waiter.cancel()
                 return False
-            return self.block(waiting.enough, timeout)
-        finally:
-            waiting.end()
+        if core.failure:
+            raise RaySystemError(core.failure)
+        return True
 
     def may_block(self) -> None:
         """Raise if this process's code cannot wait where it is."""
@@ -202,49 +207,15 @@ class SimulatedLink:
         self.closed = self.core.failure = reason or "the process has ended"
 
 
-class Waiting:
-    """How many of some objects are there; news of each are counted as they come."""
-
-    def __init__(
-        self, core: ClientCore, object_ids: Sequence[bytes], count: int, *, fetch: bool, stop_at_error: bool
-    ) -> None:  # fmt: skip
-        self._core = core
-        self._count = count
-        self._fetch = fetch
-        self._stop_at_error = stop_at_error
-        self._there = 0
-        self._failed = False
-        self._object_ids = object_ids
-        for object_id in object_ids:
-            self._look(object_id)
-
-    def enough(self) -> bool:
-        """Whether as many are there as are wanted, or one is an error. Raises ``RaySystemError`` if the link is lost."""
-        if self._core.failure:
-            raise RaySystemError(self._core.failure)
-        return self._there >= self._count or self._failed
-
-    def _look(self, object_id: bytes) -> None:
-        core = self._core
-        value = core.values.get(object_id)
-        if value is None or (self._fetch and value.where == Where.ELSEWHERE):
-            if value is not None:
-                core.want([object_id], fetch=True)  # the shell sends it with what it sends after news
-            core.watch(object_id, self._look)
-            return
-        self._there += 1
-        if value.error and self._stop_at_error:
-            self._failed = True
-
-    def end(self) -> None:
-        """Nobody waits any more."""
-        if self._there < len(self._object_ids):
-            for object_id in self._object_ids:
-                self._core.unwatch(object_id, self._look)
+def _nothing() -> None:
+    pass
 
 
 class DriverLink(SimulatedLink):
     """The driver's: the program runs under Trio, and time passes while all its tasks wait."""
+
+    patience_s = 0.0
+    """What its tasks added is sent in Trio's next round, that is, before time passes."""
 
     def receive(self, messages: list[AnyMessage]) -> None:
         """A frame has arrived; the program sees it when the CPU has read it."""

@@ -47,7 +47,7 @@ class ClientCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """For each frame sent or received."""
     byte_s: float = 2e-10
     """For each byte written to or read from the object store (a copy)."""
-    submit_batch: int = 100
+    submit_batch: int = 128
     """How many tasks a client that submits in a loop puts into a frame."""
 
 

@@ -24,7 +24,9 @@ _PREFIX = ids.TASK_ID_BYTES - 5
 class Register:
     """All live references of a simulation that are not with the process that made the object."""
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Callable[[bytes], None] = lambda object_id: None) -> None:
+        self._elsewhere = elsewhere
+        """Told of the end of references that are none of this simulation's."""
         self._makers: dict[bytes, SimulatedLink] = {}
         """The process of each task that has children or puts: by their prefix, and by its own id."""
         self._others: dict[bytes, list[SimulatedLink]] = {}
@@ -74,7 +76,9 @@ class Register:
                 link = others.pop()
             if not others:
                 del self._others[object_id]
-        if link is not None:
+        if link is None:
+            self._elsewhere(object_id)
+        else:
             link.core.dropped.append(object_id)
             link.tidy_soon()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from trio_ray.runtime.api import context
+from trio_ray.runtime.api.actors import READY
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.api.errors import ObjectStoreFullError
 from trio_ray.runtime.core.messages import (
@@ -33,7 +34,7 @@ from trio_ray.runtime.core.worker import FLUSH_S, Inputs, WorkerCore
 from trio_ray.simulate.engine import Host, SimulationError
 from trio_ray.simulate.execute import (
     Body,
-    SimulatedSession,
+    WorkerSession,
     arguments,
     failure,
     model_payloads,
@@ -79,7 +80,7 @@ class SimulatedWorker(SimulatedLink):
         super().__init__(host, process, world.register)
         self.world = world
         self.worker = WorkerCore(self.core, self._adopt)
-        self.session = SimulatedSession(self, world.functions)
+        self.session = WorkerSession(self, world.functions, self.worker)
         self._class_id = b""
         self._held: Resources = ()
         """By an actor's calls: what the actor was placed with."""
@@ -323,8 +324,8 @@ class SimulatedWorker(SimulatedLink):
         if template.kind != Kind.ACTOR_CALL:
             target: Callable[..., Any] = job.body.target
             return target
-        if template.method == "__ray_ready__":
-            return lambda: None
+        if template.method == READY:
+            return lambda: True
         method: Callable[..., Any] = getattr(self._instance, template.method)
         return method
 

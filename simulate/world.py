@@ -1,8 +1,15 @@
 """Everything one simulation shares: the engine, the program's functions, references, strands, coroutines."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
 
 import trio
+
+from trio_ray.runtime.api import context, refs
+from trio_ray.runtime.api.refs import ObjectRef
+from trio_ray.runtime.api.waiting import SessionWaiting
 
 from trio_ray.runtime.core.messages import Address
 from trio_ray.runtime.core.node import NodeConfig
@@ -17,16 +24,29 @@ from trio_ray.simulate.strand import Strands
 from trio_ray.simulate.worker import SimulatedWorker
 
 
+class RunningWaiting:
+    """``await ref`` for whichever simulated process runs."""
+
+    def future(self, ref: ObjectRef) -> "Future[Any]":
+        """A future of the value."""
+        return SessionWaiting(context.current().session).future(ref)
+
+    def awaited(self, ref: ObjectRef) -> Generator[Any, Any, Any]:
+        """What ``await ref`` runs."""
+        return SessionWaiting(context.current().session).awaited(ref)
+
+
 class World:
     """A simulated cluster that runs a user's functions."""
 
     def __init__(
         self, cluster: ClusterSpec, costs: TaskCosts, *, profile: Profile, policy: str, seed: int, network: str,
         config: NodeConfig | None = None, engine: Callable[..., Engine] = Engine,
+        elsewhere: Callable[[bytes], None] = lambda object_id: None,
     ) -> None:  # fmt: skip
         self.costs = costs
         self.functions = Functions(costs)
-        self.register = Register()
+        self.register = Register(elsewhere)
         self.strands = Strands()
         self.engine = engine(
             cluster, profile=profile, policy=policy, seed=seed, network=network, make_worker=self._make_worker,
@@ -34,6 +54,18 @@ class World:
         )  # fmt: skip
         self.nursery: trio.Nursery | None = None
         """Where the coroutines of ``async def`` tasks run; None outside Trio."""
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """Let references be counted and awaited here; afterwards as before."""
+        before = refs._made, refs._dropped, refs._wake, refs.waiting
+        refs.bind(self.register)
+        refs.wake_with(None)
+        refs.wait_with(RunningWaiting())
+        try:
+            yield
+        finally:
+            refs._made, refs._dropped, refs._wake, refs.waiting = before
 
     def _make_worker(self, host: Host, process: Address) -> SimulatedWorker:
         return SimulatedWorker(host, process, self)
