@@ -152,7 +152,7 @@ def figure_7b() -> list[str]:
 
 
 def freeing() -> list[str]:
-    """A reference is lent to a task on another node, and dropped by its owner meanwhile; the last to let go frees it."""
+    """A reference is lent to a task on another node, and its owner drops it meanwhile; the last to let go frees it."""
     scenario = Scenario(nodes=2, gpu_on=1)
     driver = scenario.driver(0)
     a = scenario.put(driver, "a", 5000)
