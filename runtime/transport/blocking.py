@@ -54,6 +54,8 @@ class BlockingLink:
         self._decode = message_decoder().decode
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._early: list[AnyMessage] = []
+        """Messages that came on the heels of the handshake."""
         self.welcome: Welcome
 
     @classmethod
@@ -89,6 +91,9 @@ class BlockingLink:
         try:
             while dialler.welcome is None:
                 for body in self._frames():
+                    if dialler.welcome is not None:  # the node has begun to speak
+                        self._early += self._decode(body)
+                        continue
                     answer = dialler.received(body)
                     if answer is not None:
                         self._socket.sendall(control_frame(answer))
@@ -136,6 +141,9 @@ class BlockingLink:
         Without ``timeout`` blocks until there is something; with one, both may be empty. Raises ConnectionError when
         the link is closed.
         """
+        if self._early:
+            early, self._early = self._early, []
+            return early, []
         if timeout is not None and not self._poll.poll(timeout * 1000):
             return [], []
         try:

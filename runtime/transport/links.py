@@ -63,6 +63,8 @@ class Link(ABC):
         self.queued = 0
         """Bytes of control frames that wait to be sent."""
         self.closed = False
+        self._early: list[Frame] = []
+        """Frames that came on the heels of the handshake."""
 
     def send(self, body: bytes) -> None:
         """Queue (or send at once) a control frame. Nothing happens on a closed link: its reader learns of the end."""
@@ -96,9 +98,20 @@ class Link(ABC):
         for item in bulk:
             item.done()
 
-    @abstractmethod
     async def receive(self) -> list[Frame]:
         """What arrived next, never empty. Raises LinkClosed or ProtocolError."""
+        if self._early:
+            early, self._early = self._early, []
+            return early
+        return await self._read()
+
+    def put_back(self, frame: Frame) -> None:
+        """Let the next ``receive`` answer with this frame."""
+        self._early.append(memoryview(bytes(frame)) if isinstance(frame, memoryview) else frame)
+
+    @abstractmethod
+    async def _read(self) -> list[Frame]:
+        """The next frames from the wire."""
 
     @abstractmethod
     async def write_forever(self) -> None:
@@ -210,7 +223,7 @@ class SocketLink(Link):
                 return
             self._blocked = not self._send_some()
 
-    async def receive(self) -> list[Frame]:
+    async def _read(self) -> list[Frame]:
         while True:
             try:
                 count = self._socket.recv_into(self._reader.buffer())
@@ -249,7 +262,7 @@ class WebSocketLink(Link):
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
 
-    async def receive(self) -> list[Frame]:
+    async def _read(self) -> list[Frame]:
         from trio_websocket import ConnectionClosed
 
         while True:
@@ -313,6 +326,9 @@ async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
         with trio.fail_after(HANDSHAKE_LIMIT_S):
             while dialler.welcome is None:
                 for frame in await link.receive():
+                    if dialler.welcome is not None:  # the node has begun to speak
+                        link.put_back(frame)
+                        continue
                     answer = dialler.received(frame)
                     if answer is not None:
                         link.send(answer)
