@@ -81,7 +81,7 @@ from trio_ray.runtime.core.recovery.cancellation import GRACE, Cancellation
 from trio_ray.runtime.core.recovery.lineage import WriteBehind
 from trio_ray.runtime.core.recovery.loss import Losses
 from trio_ray.runtime.core.scheduling.local import STALL_S, LocalScheduler, Phase, TemplateEntry
-from trio_ray.runtime.core.scheduling.policies.base import NodeView, Policy, TaskView
+from trio_ray.runtime.core.scheduling.policies.base import NodeView, Policy, PolicyError, TaskView
 from trio_ray.runtime.core.spec import Kind, TaskSpec, amounts
 from trio_ray.runtime.core.tasks import Tasks
 
@@ -389,26 +389,35 @@ class NodeMachine:
             entry = entries.get(object_id)
             making = unfinished.get(ids.task_of(object_id))
             here += (entry is not None and entry.local) or (making is not None and making.phase != Phase.FORWARDED)
-        policy = self._policy
-        if template.template.policy:
-            policy = self._named_policy(template.template.policy)
-        return policy.keep_many(
-            TaskView(
-                template.template.name, shape, template.mean_s, len(spec.inputs), here, self.info.node,
-                template.template.kind == Kind.ACTOR_CREATION,
-            ),
-            count,
-            NodeView(
-                self.info.node, scheduler.total, scheduler.available, scheduler.queued, scheduler.running,
-                scheduler.mean_s, self.transfers.bandwidth, self._others, self._labels, 0,
-                len(self.tasks.actors.local),
-            ),
+        of = TaskView(
+            template.template.name, shape, template.mean_s, len(spec.inputs), here, self.info.node,
+            template.template.kind == Kind.ACTOR_CREATION,
         )  # fmt: skip
+        view = NodeView(
+            self.info.node, scheduler.total, scheduler.available, scheduler.queued, scheduler.running,
+            scheduler.mean_s, self.transfers.bandwidth, self._others, self._labels, 0, len(self.tasks.actors.local),
+        )  # fmt: skip
+        policy = self._policy
+        try:
+            if template.template.policy:
+                policy = self._named_policy(template.template.policy)
+            return policy.keep_many(of, count, view)
+        except PolicyError:
+            raise
+        except Exception as error:
+            # A user's policy: its faults are the task's, not the node's.
+            raise PolicyError(
+                f"{of.name} cannot be placed: the scheduling policy {type(policy).__qualname__} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _named_policy(self, name: str) -> Policy:
         policy = self._policies.get(name)
         if policy is None:
-            policy = self._policies[name] = self._load_policy(name)
+            try:
+                policy = self._policies[name] = self._load_policy(name)
+            except ValueError as error:
+                raise PolicyError(str(error)) from error
         return policy
 
     def _placed(self, source: Address, message: TasksPlaced) -> None:

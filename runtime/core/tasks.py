@@ -38,6 +38,7 @@ from trio_ray.runtime.core.messages import (
 from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
 from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry, WorkerEntry
+from trio_ray.runtime.core.scheduling.policies.base import PolicyError
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
 
 FIRST = ids.return_id(b"", 0)
@@ -160,7 +161,11 @@ class Tasks:
                     self.actors.expect(task_id)
                 left = -1 if spec.inputs else kept.get(spec.template, -1)
                 if left < 0:
-                    left = self._keep(spec, template, 1 if spec.inputs else len(message.specs))
+                    try:
+                        left = self._keep(spec, template, 1 if spec.inputs else len(message.specs))
+                    except PolicyError as error:
+                        self.fail(task, "TaskUnschedulableError", str(error))
+                        continue
                 if left:
                     self.admit(task)
                 else:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.core.harness import Harness
+from tests.core.harness import template as harness_template
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send, SetTimer
 from trio_ray.runtime.core.machine import Received, TimerFired
@@ -427,3 +429,28 @@ def test_the_same_events_give_the_same_effects(steps: list[tuple[str, Any, Any]]
             effects.append(msgspec.msgpack.encode(placement.effects))
         runs.append(effects)
     assert runs[0] == runs[1]
+
+
+class Picky(Policy):
+    """Fails where tasks are born."""
+
+    def keep(self, task: TaskView, node: NodeView) -> bool:
+        raise RuntimeError("no idea")
+
+    def place(self, task: TaskView, nodes: Sequence[NodeView], inputs: Sequence[InputView], rng: Random) -> NodeView:
+        return nodes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("nobodys", "no scheduling policy 'nobodys'"), (f"{__name__}:Picky", "Picky failed with RuntimeError: no idea")],
+)
+def test_a_policy_that_fails_where_tasks_are_born_fails_those_tasks_only(name: str, sentence: str) -> None:
+    harness = Harness(nodes=2)
+    driver = harness.driver()
+    bad, good = harness_template("bad", policy=name), harness_template("good")
+    refs = driver.submit(*[driver.spec(of) for of in (bad, good, bad)], templates=[bad, good])
+    harness.advance(1.0)
+    assert [driver.values[ref].error for ref in refs] == [True, False, True]
+    kind, told = msgspec.msgpack.decode(driver.values[refs[0]].payload[1:])
+    assert kind == "TaskUnschedulableError" and sentence in told

@@ -36,7 +36,15 @@ from trio_ray.runtime.core.messages import (
 )
 from trio_ray.runtime.core.recent import Recent
 from trio_ray.runtime.core.scheduling.cluster import Candidates, ClusterView, Ranking
-from trio_ray.runtime.core.scheduling.policies import InputView, NodeView, Policy, ScoringPolicy, TaskView, load
+from trio_ray.runtime.core.scheduling.policies import (
+    InputView,
+    NodeView,
+    Policy,
+    PolicyError,
+    ScoringPolicy,
+    TaskView,
+    load,
+)
 from trio_ray.runtime.core.spec import RESOURCE_UNIT, Kind, Resources, TaskSpec, TaskTemplate, amounts
 
 LOCATE = "locate"
@@ -68,10 +76,6 @@ class _Group:
         self.origin = origin
         self.template = template
         self.specs: list[TaskSpec] = []
-
-
-class PlacementError(Exception):
-    """A policy that cannot be used: a sentence for the task's owner."""
 
 
 class PlacementMachine:
@@ -184,7 +188,7 @@ class PlacementMachine:
     def _uses_inputs(self, template: TaskTemplate) -> bool:
         try:
             return len(self.cluster.nodes) > 1 and self._policy_of(template).uses_inputs
-        except PlacementError:
+        except PolicyError:
             return False
 
     def _policy_of(self, template: TaskTemplate) -> Policy:
@@ -196,7 +200,7 @@ class PlacementMachine:
             try:
                 policy = self._policies[name] = self._load_policy(name)
             except ValueError as error:
-                raise PlacementError(f"{template.name} cannot be placed: {error}") from error
+                raise PolicyError(f"{template.name} cannot be placed: {error}") from error
         return policy
 
     # -- inputs ------------------------------------------------------------------------------------------------
@@ -275,7 +279,7 @@ class PlacementMachine:
             return
         try:
             policy = self._policy_of(template)
-        except PlacementError as error:
+        except PolicyError as error:
             self._refuse(group.origin, specs, str(error))
             return
         chosen: list[int] = []

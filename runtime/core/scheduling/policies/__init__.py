@@ -5,6 +5,7 @@ from trio_ray.runtime.core.scheduling.policies.base import (
     InputView,
     NodeView,
     Policy,
+    PolicyError,
     ScoringPolicy,
     TaskView,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "InputView",
     "NodeView",
     "Policy",
+    "PolicyError",
     "ScoringPolicy",
     "TaskView",
     "load",

@@ -120,6 +120,10 @@ Choice = NodeView | tuple[NodeView, str]
 """The node chosen, and if the policy likes, why, in a few words: shown in ``timeline`` and reports."""
 
 
+class PolicyError(Exception):
+    """A policy that cannot be used, or that failed: a sentence for the owner of the task it was asked about."""
+
+
 class Policy(ABC):
     """Where tasks run. Named ``module:Class`` on every command line; made by calling the class without arguments."""
 
