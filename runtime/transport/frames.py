@@ -78,7 +78,10 @@ class FrameReader:
         """Transfer and size of the data frame under way."""
 
     def buffer(self) -> memoryview:
-        """Where the next bytes of the stream go; never empty."""
+        """Where the next bytes of the stream go; never empty.
+
+        During the handshake it has room for the frame under way only: what follows is for those who come after.
+        """
         if self._target is not None:
             return self._target
         held = self._end - self._begin
@@ -86,6 +89,8 @@ class FrameReader:
             self._begin = self._end = 0
         if self._begin + max(self._needed, held + 1) > len(self._store):
             self._make_room(held)
+        if self.limit == MAX_HANDSHAKE_BYTES:
+            return self._view[self._end : self._begin + (self._needed or HEADER_BYTES)]
         return self._view[self._end :]
 
     def _make_room(self, held: int) -> None:

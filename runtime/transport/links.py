@@ -63,8 +63,6 @@ class Link(ABC):
         self.queued = 0
         """Bytes of control frames that wait to be sent."""
         self.closed = False
-        self._early: list[Frame] = []
-        """Frames that came on the heels of the handshake."""
 
     def send(self, body: bytes) -> None:
         """Queue (or send at once) a control frame. Nothing happens on a closed link: its reader learns of the end."""
@@ -98,20 +96,9 @@ class Link(ABC):
         for item in bulk:
             item.done()
 
-    async def receive(self) -> list[Frame]:
-        """What arrived next, never empty. Raises LinkClosed or ProtocolError."""
-        if self._early:
-            early, self._early = self._early, []
-            return early
-        return await self._read()
-
-    def put_back(self, frame: Frame) -> None:
-        """Let the next ``receive`` answer with this frame."""
-        self._early.append(memoryview(bytes(frame)) if isinstance(frame, memoryview) else frame)
-
     @abstractmethod
-    async def _read(self) -> list[Frame]:
-        """The next frames from the wire."""
+    async def receive(self) -> list[Frame]:
+        """What arrived next, never empty; one frame at a time during the handshake. Raises LinkClosed, ProtocolError."""
 
     @abstractmethod
     async def write_forever(self) -> None:
@@ -223,7 +210,7 @@ class SocketLink(Link):
                 return
             self._blocked = not self._send_some()
 
-    async def _read(self) -> list[Frame]:
+    async def receive(self) -> list[Frame]:
         while True:
             try:
                 count = self._socket.recv_into(self._reader.buffer())
@@ -258,32 +245,40 @@ class WebSocketLink(Link):
         super().__init__()
         self._connection = connection
         self._reader = FrameReader(self._window)
+        self._rest = memoryview(b"")
+        """Of the message under way."""
+        self._shaking = True
 
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
+        self._shaking = False
 
-    async def _read(self) -> list[Frame]:
+    async def receive(self) -> list[Frame]:
+        frames: list[Frame] = []
+        while not frames:
+            if not len(self._rest):
+                self._rest = await self._message()
+            while len(self._rest) and not (frames and self._shaking):
+                buffer = self._reader.buffer()
+                count = min(len(buffer), len(self._rest))
+                buffer[:count] = self._rest[:count]
+                self._rest = self._rest[count:]
+                for frame in self._reader.received(count):
+                    # A body is valid until the next ``buffer``: copy those that more of this message follows.
+                    copy = len(self._rest) and isinstance(frame, memoryview)
+                    frames.append(memoryview(bytes(frame)) if copy else frame)
+        return frames
+
+    async def _message(self) -> memoryview:
         from trio_websocket import ConnectionClosed
 
-        while True:
-            try:
-                message = await self._connection.get_message()
-            except ConnectionClosed:
-                raise LinkClosed("") from None
-            if not isinstance(message, bytes):
-                raise ProtocolError("a text message on a link that carries binary frames")
-            frames: list[Frame] = []
-            rest = memoryview(message)
-            while len(rest):
-                buffer = self._reader.buffer()
-                count = min(len(buffer), len(rest))
-                buffer[:count] = rest[:count]
-                rest = rest[count:]
-                # A body is valid until the next ``buffer``: copy those that more of this message follows.
-                for frame in self._reader.received(count):
-                    frames.append(memoryview(bytes(frame)) if len(rest) and isinstance(frame, memoryview) else frame)
-            if frames:
-                return frames
+        try:
+            message = await self._connection.get_message()
+        except ConnectionClosed:
+            raise LinkClosed("") from None
+        if not isinstance(message, bytes):
+            raise ProtocolError("a text message on a link that carries binary frames")
+        return memoryview(message)
 
     async def write_forever(self) -> None:
         from trio_websocket import ConnectionClosed
@@ -324,11 +319,8 @@ async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
     link.send(dialler.first)
     try:
         with trio.fail_after(HANDSHAKE_LIMIT_S):
-            while dialler.welcome is None:
+            while not dialler.done:
                 for frame in await link.receive():
-                    if dialler.welcome is not None:  # the node has begun to speak
-                        link.put_back(frame)
-                        continue
                     answer = dialler.received(frame)
                     if answer is not None:
                         link.send(answer)
@@ -339,7 +331,6 @@ async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
         raise ConnectionError("the peer did not answer the handshake; is it a trio-ray node?") from None
     except LinkClosed as error:
         raise ConnectionError(f"the peer closed the connection during the handshake {error}".rstrip()) from None
-    link.lift_limit()
     return dialler.welcome
 
 
