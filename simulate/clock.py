@@ -38,6 +38,8 @@ class SimulatedClock(trio.abc.Clock):
         """What went wrong in the simulation itself."""
         self.stop: trio.CancelScope | None = None
         """Cancelled when the simulation cannot go on."""
+        self.over = False
+        """The program has ended: time goes on no more while Trio shuts down."""
         self._passes_left = PASSES_BETWEEN_COLLECTIONS
 
     def start_clock(self) -> None:
@@ -49,7 +51,7 @@ class SimulatedClock(trio.abc.Clock):
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
         """Let simulated time pass up to ``deadline``, or until a Trio task is woken; never sleep for real."""
-        if self.failure is None:
+        if self.failure is None and not self.over:
             try:
                 self._pass(deadline)
             except BaseException as failure:

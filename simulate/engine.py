@@ -141,8 +141,8 @@ class Host:
         self.processes: dict[Address, Process] = {}
         self.arena: dict[int, object] = {}
         """The values in the object store by offset. What is freed stays until its offset is used again."""
-        self.busy_s = 0.0
-        """CPU seconds the node process has spent."""
+        self._busy_s = 0.0
+        self._busy_until = 0.0
         self.steps = 0
         self._inbox: dict[Address, list[AnyEvent]] = {}
         self._owed = 0.0
@@ -153,6 +153,11 @@ class Host:
         """Offset by transfer."""
         self._numbers = 0
         self._fork_free_at = 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """CPU seconds the node process has spent until now."""
+        return self._busy_s - max(0.0, self._busy_until - self.engine.now)
 
     def start(self) -> None:
         """Start the machines and the SimPy process."""
@@ -245,7 +250,8 @@ class Host:
             plan, sending = self._plan(results)
             seconds += sending
             if seconds > 0.0:
-                self.busy_s += seconds
+                self._busy_s += seconds
+                self._busy_until = now + seconds
                 yield env.timeout(seconds)
             if plan:
                 self._carry_out(plan)

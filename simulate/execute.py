@@ -14,7 +14,7 @@ import msgspec
 from trio_ray.runtime.api.code import Code
 from trio_ray.runtime.api.errors import describe_failure
 from trio_ray.runtime.api.remote import is_retryable
-from trio_ray.runtime.api.serialize import Packed, deserialize, serialize, serialize_error
+from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize, serialize_error
 from trio_ray.runtime.api.session import Session, unpack_arguments
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.messages import Function, Output, Status, Value
@@ -26,8 +26,9 @@ from trio_ray.simulate.strand import is_leaf
 if TYPE_CHECKING:
     from trio_ray.simulate.link import SimulatedLink
 
-CREATED = serialize(None, 1 << 20)[0]
-"""What an actor's constructor leaves: an empty object."""
+_EMPTY = serialize((), 1 << 20)[0]
+_NO_ARGUMENTS: tuple[tuple[()], dict[str, Any]] = ((), {})
+_NONE_OUTPUTS = (Output(NONE, -1, len(NONE)),)
 
 
 class Functions:
@@ -137,6 +138,8 @@ class WorkerSession(SimulatedSession):
 
 def arguments(link: "SimulatedLink", spec: TaskSpec, inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of a call."""
+    if not spec.inputs:
+        return _NO_ARGUMENTS if spec.args == _EMPTY else unpack_arguments(deserialize(spec.args), ())
     values = [_read(link, inputs[object_id]) for object_id in spec.inputs]
     packed = values.pop(0) if spec.packed_args else deserialize(spec.args)
     return unpack_arguments(packed, values)
@@ -148,9 +151,8 @@ def _read(link: "SimulatedLink", given: Input) -> Any:
 
 def outputs(link: "SimulatedLink", spec: TaskSpec, template: TaskTemplate, value: object) -> tuple[Output, ...]:
     """A function's return value as the task's outputs; large ones are in the object store then."""
-    if template.kind == Kind.ACTOR_CREATION:
-        assert isinstance(CREATED, bytes)
-        return (Output(CREATED, -1, len(CREATED)),)
+    if value is None and template.num_returns == 1:
+        return _NONE_OUTPUTS
     made = []
     for index, item in enumerate(returned(template, value)):
         payload, contained = serialize(item, link.inline_limit)

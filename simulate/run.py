@@ -94,6 +94,7 @@ def _run(world: World, main: Program, *, began: float, policy: str, network: str
     clock = SimulatedClock(engine)
     busy_before = [host.busy_s for host in engine.hosts]
     span: list[float] = []
+    busy: list[float] = []
     result: list[Any] = []
     errors: list[BaseException] = []
 
@@ -102,6 +103,7 @@ def _run(world: World, main: Program, *, began: float, policy: str, network: str
             world.nursery = nursery
             clock.stop = nursery.cancel_scope
             session = world.connect_driver()
+            session.root.in_trio = True
             context.running.set(session.root)
             span.append(engine.now)
             try:
@@ -109,6 +111,8 @@ def _run(world: World, main: Program, *, began: float, policy: str, network: str
             except Exception as error:
                 errors.append(error)
             span.append(engine.now)
+            busy.extend(host.busy_s for host in engine.hosts)
+            clock.over = True
             nursery.cancel_scope.cancel()
 
     with deterministic(engine.seed):
@@ -119,7 +123,7 @@ def _run(world: World, main: Program, *, began: float, policy: str, network: str
         raise errors[0]
     return make_report(
         engine.cluster, engine.meter, started_at=span[0], ended_at=span[1],
-        node_busy_s=[host.busy_s - before for host, before in zip(engine.hosts, busy_before, strict=True)],
+        node_busy_s=[after - before for before, after in zip(busy_before, busy, strict=True)],
         result=result[0], event_log_hash=engine.history.hexdigest(), messages=engine.history.messages, policy=policy,
         network=network, seed=engine.seed, unused_costs=world.costs.unused, cpu_s=time.process_time() - began,
     )  # fmt: skip
