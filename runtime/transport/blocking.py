@@ -54,8 +54,6 @@ class BlockingLink:
         self._decode = message_decoder().decode
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
-        self._early: list[bytes] = []
-        """Frames that came together with the welcome."""
         self.welcome: Welcome
 
     @classmethod
@@ -89,7 +87,7 @@ class BlockingLink:
     def _shake_hands(self, dialler: Dialler) -> None:
         self._socket.sendall(control_frame(dialler.first))
         try:
-            while not dialler.done:
+            while dialler.welcome is None:
                 for body in self._frames():
                     answer = dialler.received(body)
                     if answer is not None:
@@ -99,8 +97,8 @@ class BlockingLink:
             raise
         except TimeoutError:
             raise ConnectionError("the peer did not answer the handshake; is it a trio-ray node?") from None
-        assert dialler.welcome is not None
         self.welcome = dialler.welcome
+        self._reader.limit = MAX_CONTROL_BYTES
 
     def _frames(self) -> list[Any]:
         count = self._socket.recv_into(self._reader.buffer())
@@ -131,11 +129,6 @@ class BlockingLink:
             self._socket.sendall(data)
         except OSError as error:
             raise ConnectionError(f"the connection to the node is lost ({error.strerror or error})") from None
-
-    def take_early(self) -> list[AnyMessage]:
-        """Messages that came together with the welcome: no poll of the socket tells of them."""
-        early, self._early = self._early, []
-        return [message for body in early for message in self._decode(body)]
 
     def receive(self, timeout: float | None = None) -> tuple[list[AnyMessage], list[tuple[int, int]]]:
         """Messages, and data frames that reached their window as ``(transfer, size)``.

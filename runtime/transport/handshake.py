@@ -125,11 +125,6 @@ class Dialler:
         self.welcome: Welcome | None = None
         self.first = _encode(Greeting(VERSION, self._nonce))
 
-    @property
-    def done(self) -> bool:
-        """Whether ``welcome`` is there: what arrives from now on is no handshake any more."""
-        return self.welcome is not None
-
     def received(self, body: Any) -> bytes | None:
         """The listener's next message; answers with ours, or None when there is none to send.
 

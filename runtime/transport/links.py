@@ -319,7 +319,7 @@ async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
     link.send(dialler.first)
     try:
         with trio.fail_after(HANDSHAKE_LIMIT_S):
-            while not dialler.done:
+            while dialler.welcome is None:
                 for frame in await link.receive():
                     answer = dialler.received(frame)
                     if answer is not None:
@@ -331,6 +331,7 @@ async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
         raise ConnectionError("the peer did not answer the handshake; is it a trio-ray node?") from None
     except LinkClosed as error:
         raise ConnectionError(f"the peer closed the connection during the handshake {error}".rstrip()) from None
+    link.lift_limit()
     return dialler.welcome
 
 
