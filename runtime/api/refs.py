@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.client import ClientCore
 
 __all__ = ["ObjectRef", "bind", "restore", "unbind", "wake_with"]
 
@@ -134,7 +133,26 @@ def restore(object_id: bytes) -> ObjectRef:
     return _new(ObjectRef, object_id)
 
 
-def bind(core: ClientCore) -> None:
+class Log(Protocol):
+    """Takes in ids, from any thread and in the garbage collector."""
+
+    def append(self, object_id: bytes, /) -> None:
+        """One more."""
+
+
+class Counter(Protocol):
+    """What counts references: a ``ClientCore``."""
+
+    @property
+    def made(self) -> Log:
+        """References that came out of values."""
+
+    @property
+    def dropped(self) -> Log:
+        """References that died."""
+
+
+def bind(core: Counter) -> None:
     """From now on this process's references are counted in ``core``."""
     global _made, _dropped
     _made, _dropped = core.made.append, core.dropped.append

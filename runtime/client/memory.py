@@ -35,7 +35,8 @@ class SharedMemory:
         with Path(path).open("r+b", buffering=0) as file:
             self._map = mmap.mmap(file.fileno(), size)
         self._unpinned = unpinned
-        self._pins: set[_Pin] = set()
+        self._pins: dict[int, _Pin] = {}
+        """By their own identity (they cannot be hashed): a weak reference must live as long as what it refers to."""
         anchor = ctypes.c_char.from_buffer(self._map)
         self._address = ctypes.addressof(anchor)
         libc = ctypes.CDLL(None, use_errno=True)
@@ -47,11 +48,11 @@ class SharedMemory:
         owner = (ctypes.c_ubyte * size).from_buffer(self._map, offset)
         pin = _Pin(owner, self._ended)
         pin.object_id = object_id
-        self._pins.add(pin)
+        self._pins[id(pin)] = pin
         return owner
 
     def _ended(self, pin: _Pin) -> None:
-        self._pins.discard(pin)
+        self._pins.pop(id(pin), None)
         self._unpinned(pin.object_id)
 
     @staticmethod

@@ -508,8 +508,9 @@ def connect(kind: type[Connection], address: str, secret: bytes, hello: Hello) -
     """Connect to the node at ``address``. Raises ConnectionError and AuthenticationError with a sentence."""
     made: list[Connection] = []
     link = BlockingLink.connect(address, secret, hello, lambda *place: made[0].window(*place))
-    made.append(kind(link))
-    return made[0]
+    connection = kind(link)
+    made.append(connection)
+    return connection
 
 
 def _release(parked: Any) -> None:
