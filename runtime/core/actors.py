@@ -29,7 +29,7 @@ from trio_ray.runtime.core.spec import TaskTemplate
 class LocalActor:
     """An actor whose worker is on this node."""
 
-    __slots__ = ("alive", "creation", "released", "waiting", "worker")
+    __slots__ = ("alive", "creation", "released", "verdict", "waiting", "worker")
 
     def __init__(self, creation: TaskEntry, worker: WorkerEntry) -> None:
         self.creation = creation
@@ -38,6 +38,8 @@ class LocalActor:
         """Its constructor has returned."""
         self.released = False
         """Nobody has a handle any more; it ends when its calls are done."""
+        self.verdict = ""
+        """Why the actor table refuses it, for example because its name is taken."""
         self.waiting: dict[Address, deque[TaskEntry]] = {}
         """By submitter: calls in order, the first of which lacks inputs (or all, until the actor is alive)."""
 

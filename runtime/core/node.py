@@ -30,6 +30,7 @@ from trio_ray.runtime.core.messages import (
     AbortObjects,
     ActorHandles,
     ActorsChanged,
+    ActorState,
     Address,
     Answer,
     AssignTasks,
@@ -425,6 +426,9 @@ class NodeMachine:
             task = self.tasks.entries.get(task_id)
             if task is not None and message.node != self.info.node:
                 task.node = message.node
+                info = self.nodes.get(message.node)
+                if info is not None and not info.alive and task.phase == Phase.FORWARDED:
+                    self.losses.forwarded_task_lost(task)  # it died before placement heard of it
 
     def _unplaceable(self, source: Address, message: TasksUnplaceable) -> None:
         for task_id in message.task_ids:
@@ -440,6 +444,11 @@ class NodeMachine:
 
     def _actors_changed(self, source: Address, message: ActorsChanged) -> None:
         for info in message.actors:
+            here = self.tasks.actors.local.get(info.actor_id)
+            if here is not None and info.state == ActorState.DEAD:
+                here.verdict, here.creation.retries = info.reason, 0
+                self._effects.append(StopWorker(here.worker.process, kill=True))
+                continue
             for task in self.tasks.actors.located(info.actor_id, info.state, info.node, info.reason):
                 self.tasks.admit(task)
 
@@ -496,6 +505,10 @@ class NodeMachine:
     def _query(self, source: Address, message: Query) -> None:
         if message.subject == "node":
             body = msgspec.msgpack.encode(self.counters())
+            self._effects.append(Send(source, Answer(message.number, body)))
+            return
+        if message.subject == "available" and not self._others:  # a node alone sends no heartbeats
+            body = msgspec.msgpack.encode(amounts(tuple(self.scheduler.available.items())))
             self._effects.append(Send(source, Answer(message.number, body)))
             return
         to = PLACEMENT if message.subject == "available" else control_address(0)

@@ -8,13 +8,17 @@ from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (
     ActorHandles,
+    Answer,
     Blocked,
     CancelScope,
     CancelTasks,
     CreateObject,
     KillActor,
+    NodesChanged,
     ObjectCreated,
     Output,
+    PlaceTasks,
+    Query,
     References,
     ReturnTasks,
     RunTasks,
@@ -23,6 +27,7 @@ from trio_ray.runtime.core.messages import (
     SubmitTasks,
     TakeBack,
     TaskResult,
+    TasksPlaced,
     Unpin,
     WaitObjects,
     Where,
@@ -468,3 +473,45 @@ def test_a_worker_gives_back_what_it_has_not_begun() -> None:
     harness.hold = False
     harness.run()
     assert all(ref in driver.values for ref in refs)
+
+
+def test_the_second_actor_of_a_name_is_ended_and_its_calls_say_why() -> None:
+    harness = Harness(nodes=2, shards=3)
+    first, second = harness.driver(0), harness.driver(1)
+    results = []
+    for driver in (first, second):
+        creation = driver.spec(CREATE, actor_name="ns/joe")
+        driver.submit(creation, templates=[CREATE])
+        harness.advance(0.5)
+        results.append(driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0])
+        harness.advance(0.5)
+    assert not first.values[results[0]].error
+    assert b"an actor named 'joe' exists already" in second.values[results[1]].payload
+    assert [len(harness.machines[node].tasks.actors.local) for node in ("n:0", "n:1")] == [1, 0]
+
+
+def test_a_task_placed_at_a_node_that_has_just_died_is_placed_again() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    machine, far = harness.machines["n:0"], template("far", resources={"GPU": 1}, max_retries=1)
+    spec = driver.spec(far)
+    dead = msgspec.structs.replace(machine.nodes["n:1"], alive=False)
+    effects = []
+    for source, message in (
+        (driver.process, SubmitTasks([spec], [far])),
+        ("control/0", NodesChanged([dead])),
+        ("placement", TasksPlaced("n:1", [spec.task_id])),
+    ):
+        effects += machine.step([Received(source, message)], harness.now)
+        machine.validate()
+    placed = [e.message for e in effects if isinstance(getattr(e, "message", None), PlaceTasks)]
+    assert [spec.task_id for message in placed for spec in message.specs] == [spec.task_id] * 2
+
+
+def test_a_node_alone_knows_what_is_available() -> None:
+    harness = Harness(nodes=1)
+    driver = harness.driver()
+    driver.send(Query(1, "available"))
+    harness.run()
+    answer = driver.inbox[-1]
+    assert isinstance(answer, Answer) and msgspec.msgpack.decode(answer.body) == {"CPU": 2.0}

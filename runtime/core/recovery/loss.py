@@ -55,7 +55,7 @@ class Losses:
         tasks = self._tasks
         actor = tasks.actors.local[actor_id]
         name = actor.creation.template.template.name
-        reason = f"the actor {name} is dead: {how}"
+        reason = f"the actor {name} is dead: {actor.verdict or how}"
         waiting = tasks.actors.worker_lost(actor_id, reason)
         for task in (*had, *waiting):
             if task.phase != Phase.DONE:
@@ -71,13 +71,7 @@ class Losses:
         tasks = self._tasks
         self.peer_lost(node)
         for task in [task for task in tasks.entries.values() if task.node == node and task.phase == Phase.FORWARDED]:
-            template = task.template.template
-            if template.kind == Kind.ACTOR_CALL or not task.retries:
-                kind = "ActorDiedError" if template.kind != Kind.TASK else "NodeDiedError"
-                tasks.fail(task, kind, f"{template.name} was running on node {node} when that node died")
-            else:
-                task.retries -= 1
-                tasks.forward(task)
+            self.forwarded_task_lost(task)
         for view_id, view in list(tasks.actors.views.items()):
             if view.node == node:
                 for task in tasks.actors.located(view_id, view.state.DEAD, "", f"its node {node} died"):
@@ -89,6 +83,16 @@ class Losses:
                 entry.nodes = tuple(other for other in entry.nodes if other != node)
                 if not entry.nodes:
                     entry.state = State.PENDING
+
+    def forwarded_task_lost(self, task: TaskEntry) -> None:
+        """A task of ours went to a node that is dead."""
+        template = task.template.template
+        if template.kind == Kind.ACTOR_CALL or not task.retries:
+            kind = "ActorDiedError" if template.kind != Kind.TASK else "NodeDiedError"
+            self._tasks.fail(task, kind, f"{template.name} was running on node {task.node} when that node died")
+        else:
+            task.retries -= 1
+            self._tasks.forward(task)
 
     def out_of_room(self) -> None:
         """Objects that could not be brought here for lack of room become errors for those who wait for them."""
