@@ -236,7 +236,7 @@ class BackgroundTrio:
     def __init__(self, address: str, secret: bytes, hello: Hello) -> None:
         """Connect. Raises ConnectionError and AuthenticationError with a sentence."""
         self._connected = threading.Event()
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []
         self._cancel = trio.CancelScope()
         self.connection: TrioConnection
         self._thread = threading.Thread(
@@ -244,9 +244,9 @@ class BackgroundTrio:
         )
         self._thread.start()
         self._connected.wait()
-        if self._error is not None:
+        if self._errors:
             self._thread.join()
-            raise self._error
+            raise self._errors[0]
 
     def _run(self, address: str, secret: bytes, hello: Hello) -> None:
         try:
@@ -255,7 +255,7 @@ class BackgroundTrio:
             error = raised
             while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
                 error = error.exceptions[0]
-            self._error = error
+            self._errors.append(error)
         finally:
             self._connected.set()
 

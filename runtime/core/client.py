@@ -120,15 +120,18 @@ class ClientCore:
         """Ask for those objects that the node will not tell of by itself; with ``fetch``, for their bytes too."""
         values, wishes = self.values, self._wishes
         ask: list[bytes] = []
-        for object_id in object_ids:
-            value = values.get(object_id)
+        for wanted in object_ids:
+            value = values.get(wanted)
+            if value is not None and not (fetch and value.where == Where.ELSEWHERE):
+                continue
+            object_id = bytes(wanted)  # a reference in our tables would keep itself alive
             if value is None:
                 if object_id not in values:
                     values[object_id] = None
                     ask.append(object_id)
                 if fetch:
                     wishes.add(object_id)
-            elif fetch and value.where == Where.ELSEWHERE and object_id not in self._fetching:
+            elif object_id not in self._fetching:
                 self._fetching.add(object_id)
                 ask.append(object_id)
         if ask:

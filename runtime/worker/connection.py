@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 from trio_ray.runtime.api.session import Session
@@ -126,7 +127,8 @@ class WorkerConnection(SyncConnection):
                 raise KeyboardInterrupt
 
     def _lost(self, reason: str) -> None:
-        os._exit(0 if self.closed else _NODE_LOST)
+        print(f"worker process {os.getpid()} ends: {reason}", file=sys.stderr, flush=True)
+        os._exit(_NODE_LOST)
 
 
 class WorkerSession(Session):
