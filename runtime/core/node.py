@@ -483,9 +483,11 @@ class NodeMachine:
         for info in message.nodes:
             known = self.nodes.get(info.node)
             self.nodes[info.node] = info
-            if not info.alive and known is not None and known.alive and info.node != self.info.node:
-                self.losses.node_died(info.node)
-        self._others = sum(1 for info in self.nodes.values() if info.alive and info.node != self.info.node)
+            if info.node != self.info.node:
+                was_alive = known is not None and known.alive
+                self._others += info.alive - was_alive
+                if was_alive and not info.alive:
+                    self.losses.node_died(info.node)
 
     def _heartbeat(self, *, at_once: bool = False) -> None:
         load = self.scheduler.load(

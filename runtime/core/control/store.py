@@ -46,6 +46,7 @@ from trio_ray.runtime.core.messages import (
     Location,
     LogEvents,
     LogTasks,
+    NodeInfo,
     NodesChanged,
     ObjectsChanged,
     ObjectsLocated,
@@ -93,6 +94,8 @@ class ControlMachine:
         self._orphans: dict[str, list[bytes]] = {}
         """By timer key: objects whose owner may be dead."""
         self._deaths = 0
+        self._joined: dict[Address, NodeInfo] = {}
+        """Nodes that registered in this step."""
         self._queries = Queries(
             self.address, self._others, self.nodes, self.objects, self.tasks, self.events, self.actors, self.names
         )
@@ -137,6 +140,8 @@ class ControlMachine:
                 self._node_died(event.peer, event.reason)
             elif type(event) is TimerFired:
                 self._orphaned(event.key)
+        if self._joined:
+            self._announce_joined()
         if self._check:
             self._free_unheld()
         for to, locations in self._located.drain():
@@ -260,10 +265,18 @@ class ControlMachine:
     def _register(self, source: Address, message: RegisterNode) -> None:
         info = message.info
         self._dead.pop(info.node, None)
-        known = self.nodes.alive()
         self.nodes.register(info)
-        self._effects.append(Send(info.node, NodesChanged(list(self.nodes.rows.values()))))
-        self._publish_nodes(NodesChanged([info]), [node for node in known if node != info.node])
+        self._joined[info.node] = info
+
+    def _announce_joined(self) -> None:
+        """One message a node however many joined together: a cluster of a thousand nodes comes up in thousands of
+        messages, not a million."""
+        joined, self._joined = self._joined, {}
+        everything = NodesChanged(list(self.nodes.rows.values()))
+        for address in joined:
+            self._effects.append(Send(address, everything))
+        others = [node for node in self.nodes.alive() if node not in joined]
+        self._publish_nodes(NodesChanged(list(joined.values())), others)
 
     def _publish_nodes(self, changed: NodesChanged, nodes: list[Address]) -> None:
         for address in (*nodes, PLACEMENT, *self._others):
@@ -283,6 +296,7 @@ class ControlMachine:
         if info is None:
             return
         self._dead[node] = None
+        self._joined.pop(node, None)
         for subscriptions in (self._locating, self._fetching, self._watching):
             subscriptions.drop_subscriber(node)
         alive = self.nodes.alive()
