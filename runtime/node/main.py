@@ -87,8 +87,8 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     from trio_ray.runtime.node.host import Host
     from trio_ray.runtime.node.recording import Recording
     from trio_ray.runtime.transport.addresses import is_loopback
-    from trio_ray.runtime.transport.frames import MAX_CONTROL_BYTES
-    from trio_ray.runtime.transport.handshake import Welcome
+        from trio_ray.runtime.transport.handshake import Welcome
+    from trio_ray.runtime.transport.links import MAX_MESSAGE_BYTES
 
     if not is_loopback(settings.host) and not settings.insecure:
         raise ValueError(
@@ -144,7 +144,7 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
 
         async with trio.open_nursery() as nursery:
             server = await nursery.start(
-                partial(serve_websocket, max_message_size=MAX_CONTROL_BYTES), handler, settings.host, settings.ws_port,
+                partial(serve_websocket, max_message_size=MAX_MESSAGE_BYTES), handler, settings.host, settings.ws_port,
                 None,
             )  # fmt: skip
             ready.ws = f"ws://{settings.host}:{server.port}"

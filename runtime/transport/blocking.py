@@ -100,8 +100,8 @@ class BlockingLink:
         self.welcome = dialler.welcome
         self._reader.limit = MAX_CONTROL_BYTES
 
-    def _frames(self) -> list[Any]:
-        count = self._socket.recv_into(self._reader.buffer())
+    def _frames(self, flags: int = 0) -> list[Any]:
+        count = self._socket.recv_into(self._reader.buffer(), 0, flags)
         if not count:
             raise ConnectionError("the node closed the connection")
         return self._reader.received(count)
@@ -136,12 +136,17 @@ class BlockingLink:
         Without ``timeout`` blocks until there is something; with one, both may be empty. Raises ConnectionError when
         the link is closed.
         """
-        if timeout is not None and not self._poll.poll(timeout * 1000):
-            return [], []
         try:
-            frames = self._frames()
-            while not frames and timeout is None:
+            if timeout is None:
                 frames = self._frames()
+                while not frames:
+                    frames = self._frames()
+            else:
+                if timeout and not self._poll.poll(timeout * 1000):
+                    return [], []
+                frames = self._frames(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return [], []
         except OSError as error:
             raise ConnectionError(f"the connection to the node is lost ({error})") from None
         if len(frames) == 1 and type(frames[0]) is memoryview:

@@ -9,8 +9,10 @@ import struct
 from collections.abc import Callable
 from enum import IntEnum
 
-MAX_CONTROL_BYTES = 64 << 20
+MAX_CONTROL_BYTES = 1 << 30
 """No control frame is longer: a longer length is not a frame of ours, or not a sane one."""
+BATCH_BYTES = 16 << 20
+"""A sender splits a batch of messages that is longer where it can."""
 MAX_HANDSHAKE_BYTES = 16 << 10
 """Until its peer has authenticated, a link takes no longer frame."""
 CHUNK_BYTES = 1 << 20
@@ -21,6 +23,8 @@ _DATA = struct.Struct("<IBQQ")
 _PLACE = struct.Struct("<QQ")
 HEADER_BYTES = _HEADER.size
 BUFFER_BYTES = 256 << 10
+KEPT_BYTES = 4 << 20
+"""A buffer that grew beyond this for one long frame is given back after it."""
 
 
 class FrameKind(IntEnum):
@@ -87,6 +91,9 @@ class FrameReader:
         held = self._end - self._begin
         if not held:
             self._begin = self._end = 0
+            if len(self._store) > KEPT_BYTES and not self._needed:
+                self._store = bytearray(BUFFER_BYTES)
+                self._view = memoryview(self._store)
         if self._begin + max(self._needed, held + 1) > len(self._store):
             self._make_room(held)
         if self.limit == MAX_HANDSHAKE_BYTES:

@@ -5,13 +5,13 @@ can. Control frames overtake the rest of a large transfer: bulk goes in chunks, 
 frame waits.
 """
 
-import errno
 import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any
 
 import trio
@@ -19,7 +19,9 @@ import trio
 from trio_ray.runtime.transport import addresses
 from trio_ray.runtime.transport.frames import (
     CHUNK_BYTES,
+    HEADER_BYTES,
     MAX_CONTROL_BYTES,
+    MAX_HANDSHAKE_BYTES,
     FrameReader,
     ProtocolError,
     Window,
@@ -31,6 +33,16 @@ from trio_ray.runtime.transport.handshake import AuthenticationError, Dialler, H
 
 HANDSHAKE_LIMIT_S = 10.0
 MAX_IOVECS = 64
+JOIN_BYTES = 64 << 10
+"""Up to this size a body is copied behind its header rather than sent as a piece of its own."""
+MAX_QUEUED_BYTES = 2 << 30
+"""More than this is not kept for a peer that does not read."""
+MAX_MESSAGE_BYTES = 2 * CHUNK_BYTES
+"""Of a WebSocket message; frames that are longer span several."""
+GOODBYE_S = 0.5
+"""How long the end of a WebSocket may take."""
+MAX_IN_A_ROW = 8
+"""Reads without a pause for other tasks."""
 Frame = memoryview | tuple[int, int]
 """A control body (valid until the next receive), or ``(transfer, size)`` of data that reached its window."""
 
@@ -56,24 +68,35 @@ class Link(ABC):
 
     def __init__(self) -> None:
         self.window: Window = lambda transfer, position, size: None
-        """Where data frames go; set by the owner after the handshake."""
+        """Where data frames go; set by the owner."""
         self._control: deque[bytes | memoryview] = deque()
         self._bulk: deque[Bulk] = deque()
         self._wake = trio.Event()
-        self.queued = 0
+        self._queued = 0
         """Bytes of control frames that wait to be sent."""
         self.closed = False
+        self.failure = ""
+        """Why this side closed the link, if it was the peer's fault."""
 
     def send(self, body: bytes) -> None:
-        """Queue (or send at once) a control frame. Nothing happens on a closed link: its reader learns of the end."""
+        """Queue (or send at once) a control frame. Nothing happens on a closed link: its reader learns of the end.
+
+        A peer that does not read what it is sent loses the link when ``MAX_QUEUED_BYTES`` wait for it. Raises
+        ProtocolError for a body that is longer than a frame may be.
+        """
         if self.closed:
             return
-        frame = control_frame(body) if len(body) < CHUNK_BYTES else control_header(len(body))
-        self._control.append(frame)
-        if frame is not body and len(body) >= CHUNK_BYTES:
+        size = len(body)
+        if size < JOIN_BYTES:
+            self._control.append(control_frame(body))
+        else:
+            self._control.append(control_header(size))
             self._control.append(body)
-        self.queued += len(body)
+        self._queued += HEADER_BYTES + size
         self._kick()
+        if self._queued > MAX_QUEUED_BYTES and not self.closed:
+            self.failure = f"it does not read what it is sent: {self._queued:,} bytes wait for it"
+            self.close()
 
     def send_bulk(self, transfer: int, data: memoryview, done: Callable[[], None]) -> None:
         """Queue raw bytes; ``done`` is called when the last has left, or when the link is closed before."""
@@ -91,6 +114,8 @@ class Link(ABC):
 
     def _abandon(self) -> None:
         self.closed = True
+        self._control.clear()
+        self._queued = 0
         self._wake.set()
         bulk, self._bulk = self._bulk, deque()
         for item in bulk:
@@ -98,7 +123,7 @@ class Link(ABC):
 
     @abstractmethod
     async def receive(self) -> list[Frame]:
-        """What arrived next, never empty; one frame at a time during the handshake. Raises LinkClosed, ProtocolError."""
+        """What arrived next, never empty; one frame at a time in the handshake. Raises LinkClosed, ProtocolError."""
 
     @abstractmethod
     async def write_forever(self) -> None:
@@ -125,8 +150,13 @@ class SocketLink(Link):
         self._reader = FrameReader(self._window)
         self._blocked = False
         """The socket did not take all: only the writer task sends until it has caught up."""
-        self._chunk: deque[memoryview] = deque()
+        self._chunk: deque[bytes | memoryview] = deque()
         """The rest of the data chunk under way."""
+        self._ending: Bulk | None = None
+        """The transfer whose last chunk is under way: only when the kernel has it may its range be reused."""
+        self._drained = True
+        """The last read took all there was."""
+        self._in_a_row = 0
 
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
@@ -139,63 +169,56 @@ class SocketLink(Link):
 
     def _send_some(self) -> bool:
         """Send until all is sent (True) or the socket is full."""
-        control = self._control
         while True:
-            if self._chunk and not self._send_from(self._chunk):
-                return False
-            if control:
-                before = sum(map(len, control))
-                sent_all = self._send_from(control)
-                self.queued -= before - sum(map(len, control))
-                if not sent_all:
+            if self._chunk:
+                if not self._send_from(self._chunk):
                     return False
+                if self._ending is not None:
+                    ended, self._ending = self._ending, None
+                    ended.done()
+            if self._control:
+                if not self._send_from(self._control):
+                    return False
+                self._queued = 0
             elif self._bulk:
                 self._next_chunk()
-            elif not self._chunk:
-                self.queued = 0
+            else:
                 return True
 
     def _next_chunk(self) -> None:
         bulk = self._bulk[0]
         data = bulk.data[bulk.position : bulk.position + CHUNK_BYTES]
-        self._chunk.append(memoryview(data_header(bulk.transfer, bulk.position, len(data))))
+        self._chunk.append(data_header(bulk.transfer, bulk.position, len(data)))
         self._chunk.append(data)
         bulk.position += len(data)
         if bulk.position >= len(bulk.data):
-            self._bulk.popleft()
-            self._finish_bulk(bulk)
+            self._ending = self._bulk.popleft()
         elif len(self._bulk) > 1:
             self._bulk.rotate(-1)
 
-    def _finish_bulk(self, bulk: Bulk) -> None:
-        # The kernel has not taken the last chunk yet; its memoryview keeps the arena mapped, and the range may be
-        # reused only when the chunk is gone: tell then.
-        self._chunk_done = bulk.done
-
-    _chunk_done: Callable[[], None] | None = None
-
-    def _send_from(self, pieces: "deque[Any]") -> bool:
-        while pieces:
-            batch = [piece for piece, _ in zip(pieces, range(MAX_IOVECS), strict=False)]
-            try:
-                count = self._socket.sendmsg(batch)
-            except (BlockingIOError, InterruptedError):
-                return False
-            except OSError:
-                self._abandon()  # the reader learns why
-                pieces.clear()
-                return True
-            while count:
-                first = pieces[0]
-                if len(first) <= count:
-                    count -= len(first)
-                    pieces.popleft()
+    def _send_from(self, pieces: deque[bytes | memoryview]) -> bool:
+        """Send pieces; False when the socket is full. A broken socket swallows them: the reader learns why."""
+        try:
+            while pieces:
+                if len(pieces) == 1:
+                    count = self._socket.send(pieces[0])
                 else:
-                    pieces[0] = memoryview(first)[count:]
-                    count = 0
-        if pieces is self._chunk and self._chunk_done is not None:
-            done, self._chunk_done = self._chunk_done, None
-            done()
+                    count = self._socket.sendmsg(list(islice(pieces, MAX_IOVECS)))
+                if pieces is self._control:
+                    self._queued -= count
+                while count:
+                    first = pieces[0]
+                    if len(first) <= count:
+                        count -= len(first)
+                        pieces.popleft()
+                    else:
+                        pieces[0] = memoryview(first)[count:]
+                        count = 0
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            pieces.clear()
+            self._abandon()
         return True
 
     async def write_forever(self) -> None:
@@ -213,33 +236,48 @@ class SocketLink(Link):
     async def receive(self) -> list[Frame]:
         while True:
             try:
-                count = self._socket.recv_into(self._reader.buffer())
-            except (BlockingIOError, InterruptedError):
-                try:
+                if self._drained:
+                    self._in_a_row = 0
                     await trio.lowlevel.wait_readable(self._socket)
-                except trio.ClosedResourceError:
-                    raise LinkClosed("") from None
+                elif self._in_a_row > MAX_IN_A_ROW:  # a peer that sends without end is not to starve the others
+                    self._in_a_row = 0
+                    await trio.lowlevel.checkpoint()
+                buffer = self._reader.buffer()
+                count = self._socket.recv_into(buffer)
+            except (BlockingIOError, InterruptedError):
+                self._drained = True
                 continue
+            except trio.ClosedResourceError:
+                raise LinkClosed(self.failure) from None
             except OSError as error:
-                raise LinkClosed("" if self.closed or error.errno == errno.EBADF else str(error.strerror)) from None
+                raise LinkClosed(self.failure if self.closed else str(error.strerror)) from None
             if not count:
                 raise LinkClosed("")
+            self._drained = count < len(buffer)
+            self._in_a_row += 1
             frames = self._reader.received(count)
             if frames:
                 return frames
+
+    def stop_reading(self) -> None:
+        """What has arrived is still received, then the link counts as closed (for a peer whose process has ended)."""
+        try:
+            self._socket.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # it is closed already
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
         self._abandon()
-        if self._chunk_done is not None:
-            done, self._chunk_done = self._chunk_done, None
-            done()
+        if self._ending is not None:
+            ended, self._ending = self._ending, None
+            ended.done()
 
 
 class WebSocketLink(Link):
-    """Over a WebSocket, for drivers that sit behind an HTTP proxy: a message carries a frame."""
+    """Over a WebSocket, for drivers that sit behind an HTTP proxy: its messages are pieces of the stream of frames."""
 
     def __init__(self, connection: Any) -> None:
         super().__init__()
@@ -248,6 +286,8 @@ class WebSocketLink(Link):
         self._rest = memoryview(b"")
         """Of the message under way."""
         self._shaking = True
+        self._writing = trio.CancelScope()
+        self._last_words = b""
 
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
@@ -284,34 +324,48 @@ class WebSocketLink(Link):
         from trio_websocket import ConnectionClosed
 
         try:
-            while not self.closed:
-                if self._control:
-                    pieces = list(self._control)
-                    self._control.clear()
-                    self.queued = 0
-                    await self._connection.send_message(b"".join(pieces))
-                elif self._bulk:
-                    bulk = self._bulk[0]
-                    data = bulk.data[bulk.position : bulk.position + CHUNK_BYTES]
-                    header = data_header(bulk.transfer, bulk.position, len(data))
-                    await self._connection.send_message(header + bytes(data))
-                    bulk.position += len(data)
-                    if bulk.position >= len(bulk.data) and self._bulk and self._bulk[0] is bulk:
-                        self._bulk.popleft()
-                        bulk.done()
-                else:
-                    await self._wake.wait()
-                    self._wake = trio.Event()
+            with self._writing:
+                await self._write()
         except ConnectionClosed:
-            return
+            pass
+        finally:
+            self._abandon()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
+                try:
+                    if self._last_words:
+                        await self._connection.send_message(self._last_words)
+                    await self._connection.aclose()
+                except ConnectionClosed:
+                    pass
+
+    async def _write(self) -> None:
+        while True:
+            if self._control:
+                pieces = list(self._control)
+                self._control.clear()
+                self._queued = 0
+                stream = b"".join(pieces)
+                for begin in range(0, len(stream), CHUNK_BYTES):
+                    await self._connection.send_message(stream[begin : begin + CHUNK_BYTES])
+            elif self._bulk:
+                bulk = self._bulk[0]
+                data = bulk.data[bulk.position : bulk.position + CHUNK_BYTES]
+                header = data_header(bulk.transfer, bulk.position, len(data))
+                await self._connection.send_message(header + bytes(data))
+                bulk.position += len(data)
+                if bulk.position >= len(bulk.data) and self._bulk and self._bulk[0] is bulk:
+                    self._bulk.popleft()
+                    bulk.done()
+            else:
+                await self._wake.wait()
+                self._wake = trio.Event()
 
     def close(self) -> None:
-        self._abandon()
-        trio.lowlevel.spawn_system_task(self._say_goodbye)
-
-    async def _say_goodbye(self) -> None:
-        with trio.move_on_after(1):
-            await self._connection.aclose()
+        if not self.closed:
+            if self._queued < MAX_HANDSHAKE_BYTES:  # a refusal, say
+                self._last_words = b"".join(self._control)
+            self._abandon()
+            self._writing.cancel()
 
 
 async def shake_hands(link: Link, dialler: Dialler) -> Welcome:
@@ -355,40 +409,53 @@ async def receive_hello(link: Link, listener: Listener) -> Hello:
 
 
 @asynccontextmanager
-async def dial(address: str, secret: bytes, hello: Hello) -> AsyncIterator[tuple[Link, Welcome]]:
-    """An authenticated link to a node, whose writer runs until the block ends.
+async def dial(
+    address: str, secret: bytes, hello: Hello, window: Window | None = None
+) -> AsyncIterator[tuple[Link, Welcome]]:
+    """An authenticated link to a node, until the block ends. Data frames go where ``window`` says.
 
     Raises ConnectionError with a sentence, AuthenticationError, ProtocolError, or ValueError for what is no address.
     What the block itself raises comes in an ``ExceptionGroup``, as from any nursery.
     """
     where = addresses.parse(address)
     failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as readers, trio.open_nursery() as writers:
         try:
-            link, welcome = await _dial(where, secret, hello, nursery)
+            link, welcome = await _dial(where, secret, hello, window, readers, writers)
         except (ConnectionError, AuthenticationError, ProtocolError) as error:
             failure = error  # raised below: a nursery would wrap it in a group
-            nursery.cancel_scope.cancel()
+            readers.cancel_scope.cancel()
         else:
             try:
                 yield link, welcome
             finally:
                 link.close()
-                nursery.cancel_scope.cancel()
+                writers.cancel_scope.cancel()  # a writer says goodbye first, which takes its reader
+                readers.cancel_scope.deadline = trio.current_time() + GOODBYE_S
     if failure is not None:
         raise failure
 
 
-async def _dial(
-    where: addresses.Endpoint, secret: bytes, hello: Hello, nursery: trio.Nursery
+async def open_link(
+    address: str, secret: bytes, hello: Hello, window: Window, nursery: trio.Nursery
 ) -> tuple[Link, Welcome]:
+    """An authenticated link to a node, whose tasks run in ``nursery`` until it is closed. Raises as ``dial``."""
+    return await _dial(addresses.parse(address), secret, hello, window, nursery, nursery)
+
+
+async def _dial(
+    where: addresses.Endpoint, secret: bytes, hello: Hello, window: Window | None, readers: trio.Nursery,
+    writers: trio.Nursery,
+) -> tuple[Link, Welcome]:  # fmt: skip
     try:
-        link = await _open(where, nursery)
+        link = await _open(where, readers)
     except OSError as error:
         raise ConnectionError(
             f"no cluster answers at {where} ({error}); is it up? `trio-ray status` shows clusters of this machine"
         ) from None
-    nursery.start_soon(link.write_forever)
+    if window is not None:
+        link.window = window
+    writers.start_soon(link.write_forever)
     try:
         return link, await shake_hands(link, Dialler(secret, hello))
     except BaseException:
@@ -403,7 +470,7 @@ async def _open(where: addresses.Endpoint, nursery: trio.Nursery) -> Link:
         context = ssl.create_default_context() if where.scheme == "wss" else None
         try:
             connection = await connect_websocket_url(
-                nursery, str(where), ssl_context=context, max_message_size=MAX_CONTROL_BYTES + CHUNK_BYTES
+                nursery, str(where), ssl_context=context, max_message_size=MAX_MESSAGE_BYTES
             )
         except HandshakeError as error:
             raise OSError(f"no WebSocket there: {type(error).__name__}") from None
