@@ -81,7 +81,6 @@ def _objects(message: m.WaitObjects | m.LocateObjects | m.FreeObjects | m.Unpin 
     return len(message.object_ids), b"".join(message.object_ids), 0
 
 
-def _references(message: m.References | m.HoldObjects | m.ActorHandles | m.HoldActors) -> Facts:
     return len(message.added) + len(message.removed), b"".join(message.added) + b"".join(message.removed), 0
 
 
@@ -138,7 +137,6 @@ FACTS: dict[type, Callable[[Any], Facts]] = {
     m.References: _references,
     m.HoldObjects: _references,
     m.ActorHandles: _references,
-    m.HoldActors: _references,
     m.LogTasks: _records,
     m.LogEvents: _events,
     m.PutFunctions: _functions,
@@ -153,7 +151,6 @@ FACTS: dict[type, Callable[[Any], Facts]] = {
     m.UpdateActors: _length_of("actors"),
     m.ActorsChanged: _length_of("actors"),
     m.WatchActors: _length_of("actor_ids"),
-    m.ActorsReleased: _length_of("actor_ids"),
 }
 
 

@@ -228,6 +228,12 @@ class Actors:
             )
         )  # fmt: skip
 
+    def publish_row(self, info: ActorInfo, state: ActorState, reason: str) -> None:
+        """Tell the actor table about an actor that is nowhere."""
+        self._changed.append(
+            ActorInfo(info.actor_id, info.name, info.class_name, state, "", info.owner, reason)
+        )
+
     def flush(self, effects: list[AnyEffect]) -> None:
         """Send what this step decided."""
         for node, tasks in self._calls.items():

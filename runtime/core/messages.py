@@ -491,7 +491,7 @@ class HoldObjects(Message, frozen=True):
 
 
 class HoldsCounted(Message, frozen=True):
-    """All of ``HoldObjects`` up to this number is counted."""
+    """``HoldObjects`` with this number is counted."""
 
     number: int
 
@@ -589,19 +589,6 @@ class ActorsChanged(Message, frozen=True):
     actors: list[ActorInfo]
 
 
-class HoldActors(Message, frozen=True):
-    """The sending node holds handles of ``added`` and none any more of ``removed``."""
-
-    added: list[bytes]
-    removed: list[bytes]
-
-
-class ActorsReleased(Message, frozen=True):
-    """To an actor's node: nobody holds a handle of these any more; end them when their calls are done."""
-
-    actor_ids: list[bytes]
-
-
 class PublishCancel(Message, frozen=True):
     """Published to every node: ``scopes`` and ``task_ids`` are cancelled."""
 
@@ -636,7 +623,7 @@ AnyMessage = (
     | TasksUnplaceable | AssignTasks | CallActors | CallsRefused | TasksFinished | PullObject | PulledInline
     | PullFailed | RegisterNode | NodesChanged | PutFunctions | GetFunctions | Functions | ObjectsChanged
     | LocateObjects | ObjectsLocated | HoldObjects | HoldsCounted | FreeObjects | LogTasks | ForgetTasks | LogEvents
-    | UpdateActors | WatchActors | ActorsChanged | HoldActors | ActorsReleased | PublishCancel | ControlQuery
+    | UpdateActors | WatchActors | ActorsChanged | PublishCancel | ControlQuery
     | ControlAnswer
 )  # fmt: skip
 """Every message, for decoders."""

@@ -214,7 +214,7 @@ class NodeMachine:
         self.scheduler.dispatch(now, effects)
         if self.scheduler.stalled:
             self._set_timer("balance", now + STALL_S)
-        self.losses.out_of_room()
+        self.losses.unreachable_objects()
         if self.tasks.forwarding:  # placement is to know that this node is busy before it sends the tasks right back
             self._heartbeat(at_once=True)
         self.tasks.flush()
@@ -364,6 +364,8 @@ class NodeMachine:
 
     def _free(self, source: Address, message: FreeObjects) -> None:
         for object_id in message.object_ids:
+            if source.startswith("n:"):  # the owner never wanted it; the control store has heard of our copy
+                self.table.updates.append(ObjectUpdate(object_id, -1))
             self.table.freed(object_id)
 
     def _report_objects(self) -> None:
@@ -451,6 +453,8 @@ class NodeMachine:
                 continue
             for task in self.tasks.actors.located(info.actor_id, info.state, info.node, info.reason):
                 self.tasks.admit(task)
+            if info.state == ActorState.RESTARTING and here is None and not info.node:
+                self.tasks.restart_elsewhere(info)
 
     def _kill_actor(self, source: Address, message: KillActor) -> None:
         actor = self.tasks.actors.local.get(message.actor_id)
@@ -491,8 +495,9 @@ class NodeMachine:
 
     def _heartbeat(self, *, at_once: bool = False) -> None:
         load = self.scheduler.load(
-            self.table.arena.used, self.transfers.bandwidth, len(self.tasks.actors.local), self.tasks.assignments
-        )
+            self.tasks.waiting, self.table.arena.used, self.transfers.bandwidth, len(self.tasks.actors.local),
+            self.tasks.assignments,
+        )  # fmt: skip
         period = self._config.heartbeat_s
         # Times are compared as they were given to the timers: a difference may round to just below the period.
         pause = 0.0 if at_once else period

@@ -12,10 +12,11 @@ from functools import partial
 import msgspec
 
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.actors import Actors
+from trio_ray.runtime.core.actors import Actors, LocalActor
 from trio_ray.runtime.core.effects import AnyEffect, Send
 from trio_ray.runtime.core.messages import (
     PLACEMENT,
+    ActorInfo,
     ActorState,
     Address,
     AssignTasks,
@@ -78,6 +79,8 @@ class Tasks:
         """Objects to send, after ``ready``, to processes that share no memory with the node."""
         self.finished: dict[Address, list[TaskResult]] = {}
         """Results for the nodes that wait for them."""
+        self.waiting = 0
+        """Tasks that are to run here and lack inputs, actor calls left out."""
         self.events: list[TaskEvent] = []
         self.unlogged: list[TaskEntry] = []
         self.cancelled: dict[bytes, None] = {}
@@ -191,21 +194,23 @@ class Tasks:
     def assigned(self, message: AssignTasks | CallActors) -> None:
         """Another node's tasks are to run here."""
         self.learn(message.templates, [])
+        reason = ""
         if type(message) is AssignTasks:
             self.assignments += len(message.specs)
+            reason = message.reason
         for spec in message.specs:
             template = self.templates[spec.template]
             own = self.entries.get(spec.task_id)
             if own is not None:
                 # Placement chose the very node that asked; or a resubmission of what is running here already.
                 if own.phase == Phase.FORWARDED and not own.origin:
-                    own.phase, own.node = Phase.WAITING, ""
+                    own.phase, own.node, own.reason = Phase.WAITING, "", reason
                     self.admit(own)
                 else:
                     own.origin = message.origin if message.origin != self._node else own.origin
                 continue
             task = self.entries[spec.task_id] = TaskEntry(
-                spec, template, message.origin, self.now, template.template.max_retries
+                spec, template, message.origin, self.now, template.template.max_retries, reason=reason
             )
             if self.cancelled and self._is_cancelled(spec):
                 self.fail(task, "TaskCancelledError", f"{template.template.name} arrived in a cancelled scope")
@@ -243,6 +248,9 @@ class Tasks:
                 self._fail_with(task, failure.payload)
                 return
         task.missing = missing
+        if missing and task.template.template.kind != Kind.ACTOR_CALL:
+            task.waiting = True
+            self.waiting += 1
         if task.template.template.kind == Kind.ACTOR_CALL:
             if missing or not self.actors.local[spec.actor].alive:
                 task.phase = Phase.WAITING if missing else Phase.READY
@@ -276,10 +284,16 @@ class Tasks:
             self._all_here(task)
 
     def _all_here(self, task: TaskEntry) -> None:
+        self._waits_no_longer(task)
         if task.template.template.kind == Kind.ACTOR_CALL:
             self.actors.ready(task, self.now)
         else:
             self._scheduler.enqueue(task)
+
+    def _waits_no_longer(self, task: TaskEntry) -> None:
+        if task.waiting:
+            task.waiting = False
+            self.waiting -= 1
 
     def _want_function(self, function_id: bytes, task: TaskEntry) -> None:
         waiting = self._wanting_function.get(function_id)
@@ -373,6 +387,43 @@ class Tasks:
             entry = entry or self._table.know(ids.return_id(task.spec.task_id, 0))
             entry.on_free = self._actor_freed
 
+    def restart_here(self, actor: LocalActor) -> bool:
+        """Construct an actor anew whose worker is gone, if it has restarts left; its waiting calls go on waiting.
+
+        One whose constructor took objects is not restarted: nothing kept them alive.
+        """
+        creation = actor.creation
+        if not creation.retries or actor.released or actor.verdict or creation.spec.inputs:
+            return False
+        actor.alive = False
+        self.actors.publish(creation, ActorState.RESTARTING, "")
+        self._create_again(creation.spec, creation.template, creation.origin, creation.retries - 1)
+        return True
+
+    def restart_elsewhere(self, info: ActorInfo) -> None:
+        """An actor of this node's died with its node and has restarts left: construct it anew on another one."""
+        if info.owner != self._node or info.creation is None or info.template is None:
+            return
+        if info.creation.inputs:
+            reason = f"the actor {info.class_name} died with its node, and what its constructor took is gone"
+            self.actors.publish_row(info, ActorState.DEAD, reason)
+            return
+        self.learn([info.template], [])
+        template = self.templates[info.template.template_id]
+        self._create_again(info.creation, template, "", info.template.max_retries)
+
+    def _create_again(self, spec: TaskSpec, template: TemplateEntry, origin: Address, retries: int) -> None:
+        if spec.task_id in self.entries:
+            return
+        task = self.entries[spec.task_id] = TaskEntry(spec, template, origin, self.now, retries)
+        if not origin:  # as at its submission: ``_let_go`` undoes it
+            for object_id in spec.borrowed:
+                self._table.pin(self._table.know(object_id))
+        if spec.task_id in self.actors.local:
+            self.admit(task)
+        else:
+            self.forward(task)
+
     def _actor_freed(self, entry: ObjectEntry) -> None:
         self.actors.released(ids.task_of(entry.object_id), self.effects)
 
@@ -380,6 +431,7 @@ class Tasks:
         """The task is done, here: store or discard what it made, tell who waits, let go of what it used."""
         spec = task.spec
         task.phase = Phase.DONE
+        self._waits_no_longer(task)
         del self.entries[spec.task_id]
         if task.origin:
             self._finish_for(task, result, process)
@@ -634,6 +686,7 @@ class Tasks:
 
     def validate(self) -> None:
         """Assert the invariants of the tasks' life."""
+        assert self.waiting == sum(task.waiting for task in self.entries.values())
         for task_id, task in self.entries.items():
             assert task.spec.task_id == task_id and task.phase != Phase.DONE
             if task.phase == Phase.WAITING:

@@ -30,6 +30,7 @@ from trio_ray.runtime.core.effects import (
 from trio_ray.runtime.core.machine import (
     AnyEvent,
     BytesSent,
+    PeerLost,
     ProcessConnected,
     ProcessLost,
     Received,
@@ -227,6 +228,17 @@ class Harness:
                 self.drivers[to].values[value.object_id] = value
         elif "/" not in to or to.startswith("control/"):
             self.deliver(to, Received(source, message))
+
+    def lose_node(self, node: Address) -> None:
+        """A whole node is gone; the others learn of it when their links to it break."""
+        self.dead.add(node)
+        for process in [*self.workers, *self.drivers]:
+            if node_of(process) == node:
+                self.workers.pop(process, None)
+                self.drivers.pop(process, None)
+        for address in self.machines:
+            self.deliver(address, PeerLost(node, "killed"))
+        self.run()
 
     def kill(self, process: Address, reason: str) -> None:
         self.workers.pop(process, None)

@@ -6,8 +6,8 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from tests.core.harness import Harness, Worker, ok, template
 
+from tests.core.harness import Harness, Worker, ok, template
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (

@@ -393,6 +393,64 @@ def test_calls_of_a_killed_actor_fail(remote: bool) -> None:
     assert kind_of(driver.values[second].payload) == "ActorDiedError"
 
 
+def test_an_actor_with_restarts_left_survives_its_worker() -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), max_retries=1)
+    harness = Harness()
+    driver = harness.driver()
+    creation = driver.spec(create)
+    driver.submit(creation, templates=[create])
+    for survives in (True, False):
+        first = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
+        harness.advance(0.1)
+        assert not driver.values[first].error
+        worker = harness.machines["n:0"].tasks.actors.local[creation.task_id].worker.process
+        harness.hold = True
+        running = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
+        harness.run()
+        harness.kill(worker, "killed by SIGKILL")
+        harness.run()
+        harness.hold = False
+        harness.advance(1.0)
+        assert kind_of(driver.values[running].payload) == ("ActorUnavailableError" if survives else "ActorDiedError")
+    last = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
+    harness.advance(1.0)
+    assert kind_of(driver.values[last].payload) == "ActorDiedError"
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_an_actor_whose_node_dies_restarts_elsewhere_or_is_dead(restarts: int) -> None:
+    create = template("Far", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1}, max_retries=restarts)
+    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1}})
+    driver = harness.driver()
+    creation = driver.spec(create)
+    driver.submit(creation, templates=[create])
+    driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])
+    harness.advance(1.0)
+    home = harness.machines["n:0"].tasks.actors.views[creation.task_id].node
+    harness.lose_node(home)
+    harness.advance(1.0)
+    call = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
+    harness.advance(1.0)
+    if restarts:
+        assert not driver.values[call].error
+    else:
+        assert kind_of(driver.values[call].payload) == "ActorDiedError"
+
+
+def test_an_object_that_died_with_its_node_is_an_error_for_those_who_read_it() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    far = template("far", resources={"GPU": 1})
+    harness.behave = lambda worker, spec: big(harness, worker, spec, 50_000)
+    ref = driver.submit(driver.spec(far), templates=[far])[0]
+    harness.advance(1.0)
+    harness.lose_node("n:1")
+    harness.advance(1.0)
+    driver.send(WaitObjects([ref]))
+    harness.advance(1.0)
+    assert kind_of(driver.values[ref].payload) == "ObjectLostError"
+
+
 def test_a_failing_constructor_fails_the_calls() -> None:
     harness = Harness()
     driver = harness.driver()

@@ -53,6 +53,8 @@ class Transfers:
         self._locate: list[bytes] = []
         self.full: list[ObjectEntry] = []
         """Wanted objects for which the arena had no room; the node turns them into errors for those who wait."""
+        self.lost: list[ObjectEntry] = []
+        """Wanted objects of which no copy is left anywhere."""
         self.bandwidth = 0.0
         """Bytes per second into this node, exponentially averaged (paper, section 4.2.2); 0 while unknown."""
         self.bytes_received = 0
@@ -78,6 +80,11 @@ class Transfers:
         entry = self._table.entries.get(location.object_id)
         if entry is None:
             self._pulls.pop(location.object_id, None)
+            return
+        if not location.nodes:
+            self._pulls.pop(location.object_id, None)
+            if entry.waiters:
+                self.lost.append(entry)
             return
         others = tuple(node for node in location.nodes if node != self._node)
         self._table.exists_at(entry, location.size, others)

@@ -55,6 +55,18 @@ class Losses:
         tasks = self._tasks
         actor = tasks.actors.local[actor_id]
         name = actor.creation.template.template.name
+        if tasks.restart_here(actor):
+            for task in had:
+                if task.phase == Phase.DONE or task.template.template.kind == Kind.ACTOR_CREATION:
+                    continue
+                task.phase = Phase.WAITING
+                if task.retries:
+                    task.retries -= 1
+                    tasks.again(task)
+                else:
+                    sentence = f"{task.template.template.name} may not have run: the actor {name} restarts, for {how}"
+                    tasks.fail(task, "ActorUnavailableError", sentence)
+            return
         reason = f"the actor {name} is dead: {actor.verdict or how}"
         waiting = tasks.actors.worker_lost(actor_id, reason)
         for task in (*had, *waiting):
@@ -94,13 +106,21 @@ class Losses:
             task.retries -= 1
             self._tasks.forward(task)
 
-    def out_of_room(self) -> None:
-        """Objects that could not be brought here for lack of room become errors for those who wait for them."""
-        full, self._transfers.full = self._transfers.full, []
-        for entry in full:
-            waiters, entry.waiters = entry.waiters, None
-            stand_in = ObjectEntry(entry.object_id)
-            stand_in.state, stand_in.error = State.INLINE, True
-            stand_in.payload = system_error("ObjectStoreFullError", self._table.describe_full(entry.size))
-            for waiter in waiters or []:
-                waiter(stand_in)
+    def unreachable_objects(self) -> None:
+        """Objects that are lost, or that found no room here, become errors for those who wait for them."""
+        transfers = self._transfers
+        if transfers.full:
+            full, transfers.full = transfers.full, []
+            for entry in full:
+                self._fail_waiters(entry, "ObjectStoreFullError", self._table.describe_full(entry.size))
+        if transfers.lost:
+            lost, transfers.lost = transfers.lost, []
+            for entry in lost:
+                sentence = f"object {entry.object_id.hex()} is lost: every node that had a copy has died; make it again"
+                self._fail_waiters(entry, "ObjectLostError", sentence)
+
+    def _fail_waiters(self, entry: ObjectEntry, kind: str, sentence: str) -> None:
+        waiters, entry.waiters = entry.waiters, None
+        stand_in = ObjectEntry(entry.object_id, state=State.INLINE, error=True, payload=system_error(kind, sentence))
+        for waiter in waiters or []:
+            waiter(stand_in)

@@ -84,6 +84,8 @@ class TaskEntry(msgspec.Struct, gc=False, eq=False):
     phase: Phase = Phase.WAITING
     using: bool = False
     """Its inputs are kept in place for it."""
+    waiting: bool = False
+    """It is counted among those that wait for inputs here."""
     missing: int = 0
     """Inputs (and its function) that are not here yet."""
     node: Address = ""
@@ -404,11 +406,11 @@ class LocalScheduler:
         worker.batch = []
         worker.inputs = {}
 
-    def load(self, store_used: int, bandwidth: float, actors: int, assigned: int) -> Load:
-        """What to tell placement."""
+    def load(self, waiting: int, store_used: int, bandwidth: float, actors: int, assigned: int) -> Load:
+        """What to tell placement; ``waiting`` tasks are here and lack inputs."""
         return Load(
-            self.queued, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth, store_used,
-            actors, assigned,
+            self.queued + waiting, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth,
+            store_used, actors, assigned,
         )  # fmt: skip
 
     def validate(self) -> None:
