@@ -87,7 +87,7 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     from trio_ray.runtime.node.host import Host
     from trio_ray.runtime.node.recording import Recording
     from trio_ray.runtime.transport.addresses import is_loopback
-        from trio_ray.runtime.transport.handshake import Welcome
+    from trio_ray.runtime.transport.handshake import Welcome
     from trio_ray.runtime.transport.links import MAX_MESSAGE_BYTES
 
     if not is_loopback(settings.host) and not settings.insecure:
