@@ -81,6 +81,7 @@ def _objects(message: m.WaitObjects | m.LocateObjects | m.FreeObjects | m.Unpin 
     return len(message.object_ids), b"".join(message.object_ids), 0
 
 
+def _references(message: m.References | m.HoldObjects | m.ActorHandles) -> Facts:
     return len(message.added) + len(message.removed), b"".join(message.added) + b"".join(message.removed), 0
 
 

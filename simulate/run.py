@@ -108,7 +108,9 @@ def _run(world: World, main: Program, *, began: float, policy: str, network: str
             span.append(engine.now)
             try:
                 result.append(await main(Cluster(session)))
-            except Exception as error:
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
                 errors.append(error)
             span.append(engine.now)
             busy.extend(host.busy_s for host in engine.hosts)
