@@ -7,6 +7,7 @@ one ``ExceptionGroup``. Leaving cleanly ends what the tasks left running.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,13 @@ def start(
 ) -> Any:
     """Run a remote function, an actor's method or a plain function as a task, or make an actor."""
     session = context.session
+    named: dict[str, Any] = {}
+    while isinstance(function, partial):
+        args = (*function.args, *args)
+        named = {**function.keywords, **named}
+        function = function.func
     if isinstance(function, ActorClass):
-        return (function.options(**options) if options else function).create(session, args, {}, scope)
+        return (function.options(**options) if options else function).create(session, args, named, scope)
     actor = b""
     if isinstance(function, ActorMethod):
         method = function.options(**options) if options else function
@@ -44,7 +50,7 @@ def start(
         if options:
             remote = remote.options(**options)
         template = remote.prepare(session) if not scope else remote.with_returns().prepare(session)
-    found = session.submit(context, template, args, {}, actor, scope=scope)
+    found = session.submit(context, template, args, named, actor, scope=scope)
     return found[0] if len(found) == 1 else found or None
 
 

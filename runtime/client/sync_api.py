@@ -1,8 +1,8 @@
 """The synchronous API, by Ray's names."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, overload
 
 import msgspec
 
@@ -14,6 +14,21 @@ from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.remote import RemoteFunction, make_remote_function
 
 
+class Decorator(Protocol):
+    """What ``remote(num_cpus=2)`` returns."""
+
+    @overload
+    def __call__(self, target: type, /) -> ActorClass: ...
+    @overload
+    def __call__(self, target: Callable[..., Any], /) -> RemoteFunction: ...
+
+
+@overload
+def remote(target: type, /) -> ActorClass: ...
+@overload
+def remote(target: Callable[..., Any], /) -> RemoteFunction: ...
+@overload
+def remote(**options: Any) -> Decorator: ...
 def remote(*args: Any, **options: Any) -> Any:
     """Make a remote function of a function, an actor class of a class: ``@remote``, or ``@remote(num_cpus=2)``."""
     if len(args) == 1 and not options and callable(args[0]):

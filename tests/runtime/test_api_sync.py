@@ -233,7 +233,7 @@ def test_what_is_no_reference_is_refused() -> None:
         ray.get([3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="ObjectRef"):
         ray.put(square.remote(1))
-    with pytest.raises(TypeError, match="square.remote"):
+    with pytest.raises(TypeError, match=r"square\.remote"):
         square(1)
     with pytest.raises(TypeError, match="cancel"):
         ray.cancel(1)  # type: ignore[arg-type]
@@ -304,7 +304,7 @@ def test_a_crash_is_retried_then_told() -> None:
     def crash() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(exceptions.WorkerCrashedError, match="crash.*SIGKILL"):
+    with pytest.raises(exceptions.WorkerCrashedError, match=r"crash.*SIGKILL"):
         ray.get(crash.remote())
 
     @ray.remote
@@ -463,7 +463,7 @@ def test_an_async_task_is_cancelled(tmp_path: Path) -> None:
     async def forever(mark: str) -> None:
         import trio
 
-        Path(mark).touch()
+        await trio.Path(mark).touch()
         await trio.sleep_forever()
 
     ref = forever.remote(str(mark))

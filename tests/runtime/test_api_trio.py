@@ -1,0 +1,160 @@
+"""The Trio API on a real cluster of three nodes."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+import trio_ray
+from trio_ray import Cluster, exceptions
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with trio_ray.open_cluster(num_cpus=1, nodes=3) as cluster:
+        yield cluster
+    assert not trio_ray.is_initialized()
+
+
+async def eventually(holds: Callable[[], bool], limit_s: float = 15.0) -> None:
+    """Wait until something that happens in another process has."""
+    with trio.fail_after(limit_s):
+        while not holds():
+            await trio.sleep(0.005)
+
+
+@trio_ray.remote
+def square(x: int) -> int:
+    return x * x
+
+
+@trio_ray.remote
+def fail() -> None:
+    raise ValueError("no good")
+
+
+@trio_ray.remote
+def hang(mark: str) -> None:
+    Path(mark).touch()
+    time.sleep(600)
+
+
+@trio_ray.remote
+def hang_below(mark: str) -> Any:
+    return trio_ray.get(hang.remote(mark))
+
+
+@trio_ray.remote
+class Counter:
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, amount: int) -> int:
+        self.value += amount
+        return self.value
+
+
+async def test_submit_gather_put_and_actors(cluster: Cluster) -> None:
+    assert await square.remote(3) == 9
+    assert await cluster.submit(square, 4) == 16
+    assert await cluster.submit(lambda x: x + 1, 4) == 5
+    assert await cluster.submit(partial(square, 5), num_cpus=0.5) == 25
+    refs = [cluster.submit(square, i) for i in range(50)]
+    assert await cluster.gather(refs) == [i * i for i in range(50)]
+    array = np.arange(200_000.0)
+    ref = await cluster.put(array)
+    assert (await ref == array).all()
+    assert await cluster.gather([cluster.submit(lambda x, i: float(x[i]), ref, i) for i in range(6)]) == [
+        float(i) for i in range(6)
+    ]
+    counter = cluster.actor(Counter)
+    assert await cluster.gather([counter.add.remote(1) for _ in range(10)]) == list(range(1, 11))
+    assert len(await cluster.nodes()) == 3 and (await cluster.resources())["CPU"] == 3.0
+
+
+async def test_errors_and_partial_waits(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no good"):
+        await fail.remote()
+    slow = hang.remote(str(tmp_path / "slow"))
+    with pytest.raises(ValueError, match="no good"):
+        await cluster.gather([slow, fail.remote()])
+    mixed = await cluster.gather([square.remote(1), fail.remote()], return_exceptions=True)
+    assert mixed[0] == 1 and isinstance(mixed[1], ValueError)
+    quick = square.remote(2)
+    assert await cluster.wait([slow, quick], num_returns=1) == ([quick], [slow])
+    assert await cluster.wait([slow], timeout=0.05) == ([], [slow])
+    with trio.move_on_after(0.05) as scope:
+        await slow
+    assert scope.cancelled_caught
+    done = [ref async for ref in cluster.as_completed([square.remote(i) for i in range(10)])]
+    assert sorted(await cluster.gather(done)) == [i * i for i in range(10)]
+    trio_ray.cancel(slow)
+    with pytest.raises(exceptions.TaskCancelledError):
+        await slow
+
+
+async def test_a_nursery_waits_for_its_tasks(cluster: Cluster) -> None:
+    async with cluster.open_nursery() as nursery:
+        refs = [nursery.start_soon(square, i) for i in range(8)]
+        nothing = nursery.start_soon(square, 1, num_returns=0)
+    assert [await ref for ref in refs] == [i * i for i in range(8)] and await nothing == 1
+    with pytest.raises(RuntimeError, match="closed"):
+        nursery.start_soon(square, 1)
+
+
+async def test_the_first_failure_cancels_the_rest(cluster: Cluster, tmp_path: Path) -> None:
+    mark = tmp_path / "running"
+    with pytest.raises(ExceptionGroup) as caught:
+        async with cluster.open_nursery() as nursery:
+            below = nursery.start_soon(hang_below, str(mark))
+            await eventually(mark.exists)
+            nursery.start_soon(fail)
+            await trio.sleep_forever()
+    assert caught.group_contains(ValueError, match="no good") and len(caught.value.exceptions) == 1
+    with pytest.raises(exceptions.TaskCancelledError):
+        await below
+    assert await square.remote(2) == 4
+
+
+async def test_an_exception_in_the_block_cancels_its_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    mark = tmp_path / "running"
+    with pytest.raises(ExceptionGroup) as caught:
+        async with cluster.open_nursery() as nursery:
+            ref = nursery.start_soon(hang, str(mark))
+            await eventually(mark.exists)
+            raise KeyError("mine")
+    assert caught.group_contains(KeyError) and len(caught.value.exceptions) == 1
+    with pytest.raises(exceptions.TaskCancelledError):
+        await ref
+
+
+async def test_a_cancelled_trio_scope_cancels_remote_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    mark = tmp_path / "running"
+    with trio.CancelScope() as scope:
+        async with cluster.open_nursery() as nursery:
+            ref = nursery.start_soon(hang, str(mark))
+            await eventually(mark.exists)
+            scope.cancel()
+    assert scope.cancelled_caught
+    with pytest.raises(exceptions.TaskCancelledError):
+        await ref
+
+
+async def test_deadlines_reach_the_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    mark = tmp_path / "running"
+    with trio.move_on_after(0.5):
+        ref = hang_below.remote(str(mark))
+        await trio.sleep(0)
+    with pytest.raises(exceptions.TaskCancelledError, match="deadline"):
+        await ref
+
+
+async def test_another_cluster_is_refused_meanwhile(cluster: Cluster) -> None:
+    with pytest.raises(RuntimeError, match="already"):
+        async with trio_ray.open_cluster():
+            raise AssertionError("not reached")
