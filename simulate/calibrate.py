@@ -15,6 +15,8 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -137,7 +139,7 @@ def machine_facts() -> dict[str, str]:
     """Which machine and which versions these are."""
     model = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:
                 if line.startswith("model name"):
                     model = line.partition(":")[2].strip()
@@ -281,8 +283,8 @@ def _fit_kind(
         for message in samples:
             payload = facts_of(message)[2]
             data = encoder.encode([message])
-            encoding.append((1, items, _time(lambda m=message: encoder.encode([m]))))
-            decoding.append((1, items, _time(lambda d=data: decoder.decode(d))))
+            encoding.append((1, items, _time(partial(encoder.encode, [message]))))
+            decoding.append((1, items, _time(partial(decoder.decode, data))))
             sizes.append((1, items, float(max(1, len(data) - payload))))
     encode_message, encode_item = _fit(encoding)
     decode_message, decode_item = _fit(decoding)

@@ -122,8 +122,9 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ClusterError(f"a cluster has at least one control-store shard, not {self.shards}")
         for group in self.groups:
             for field in ("cpus", "gpus", "memory_bytes", "store_bytes", "latency_s"):
-                if not 0 <= getattr(group, field) < float("inf"):
-                    raise ClusterError(f"group {group.name!r} has {field} = {getattr(group, field)}; it must be 0 or more")
+                value = getattr(group, field)
+                if not 0 <= value < float("inf"):
+                    raise ClusterError(f"group {group.name!r} has {field} = {value}; it must be 0 or more")
             if not group.bandwidth_bytes_per_s > 0:
                 raise ClusterError(
                     f"group {group.name!r} has a bandwidth of {group.bandwidth_bytes_per_s} bytes per second; "
@@ -140,7 +141,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return sum(group.count for group in self.groups)
 
     def each(self, seed: int = 0) -> Iterator[tuple[NodeInfo, NodeGroup]]:
-        """All nodes in joining order; the first is the head. Their addresses, from which all ids derive, hold the seed."""
+        """All nodes in joining order, the head first. Their addresses, from which all ids derive, hold the seed."""
         number = 0
         for group in self.groups:
             shape = resources(group.amounts())

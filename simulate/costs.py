@@ -54,7 +54,9 @@ class Samples:
 class Model:
     """Replaces a function; made by ``model``."""
 
-    def __init__(self, duration: float | Draw, result: object, function: Callable[..., object] | None, size: int | None):
+    def __init__(
+        self, duration: float | Draw, result: object, function: Callable[..., object] | None, size: int | None
+    ) -> None:  # fmt: skip
         self.duration = duration
         self.result = result
         self.function = function
@@ -81,7 +83,7 @@ def model(
 
 
 def lognormal(mean: float, sigma: float) -> Draw:
-    """Log-normal durations with this ``mean`` in seconds; ``sigma`` is the deviation of the logarithm (1: heavy tail)."""
+    """Log-normal durations with this ``mean`` in seconds; ``sigma`` is the logarithm's deviation (1: heavy tail)."""
     if mean <= 0:
         raise CostError(f"a log-normal cost needs a mean above 0, not {mean}")
     mu = log(mean) - sigma * sigma / 2
@@ -169,7 +171,7 @@ class TaskRandom:
         key = np.frombuffer(blake2b(f"task costs {seed}".encode(), digest_size=16).digest(), dtype="<u8")
         self._bits = np.random.Philox(key=key.astype(np.uint64))
         self._generator = np.random.Generator(self._bits)
-        self._state: dict[str, Any] = dict(self._bits.state)
+        self._state: Any = self._bits.state
 
     def of(self, task_id: bytes) -> np.random.Generator:
         """The generator, at the task's place; valid until the next call."""

@@ -75,7 +75,7 @@ FIRST_MOMENT = 1.0
 
 
 STUCK_S = 30.0
-"""Without progress for so long, with no task running and none of the program's own timers, nothing will come any more."""
+"""Without progress for so long, with no task running and no timer of the program's, nothing will come any more."""
 
 
 class SimulationError(RuntimeError):
@@ -365,12 +365,14 @@ class Host:
 
 
 def _arrive(event: simpy.Event) -> None:
-    host, frame, seconds = event.value
+    arrival: tuple[Host, Frame, float] = event.value  # type: ignore[assignment]
+    host, frame, seconds = arrival
     host.arrive(frame, seconds)
 
 
 def _receive(event: simpy.Event) -> None:
-    host, process, frame = event.value
+    arrival: tuple[Host, Process, Frame] = event.value  # type: ignore[assignment]
+    host, process, frame = arrival
     if process.address in host.processes:
         process.receive([received.message for _, received in frame.messages])
 

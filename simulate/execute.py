@@ -17,7 +17,7 @@ from trio_ray.runtime.api.remote import is_retryable
 from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize, serialize_error
 from trio_ray.runtime.api.session import Session, unpack_arguments
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.messages import Function, Output, Status, Value
+from trio_ray.runtime.core.messages import Function, Output, Status
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
 from trio_ray.runtime.core.worker import Input, Inputs, WorkerCore
 from trio_ray.simulate.costs import CostError, Model, TaskCost, TaskCosts
@@ -94,8 +94,8 @@ class Body:
 def _missing_model(name: str) -> Model:
     def refuse(*args: object, **kwargs: object) -> None:
         raise CostError(
-            f"{name} was called, but the simulation's costs replace its class by a model, so there is no object to call "
-            f"it on; give costs an entry for {name!r} that is a model too"
+            f"{name} was called, but the simulation's costs replace its class by a model, so there is no object to "
+            f"call it on; give costs an entry for {name!r} that is a model too"
         )
 
     return Model(0.0, None, refuse, None)
@@ -172,7 +172,7 @@ def returned(template: TaskTemplate, value: object) -> Sequence[object]:
     if count == 0:
         return ()
     try:
-        values = tuple(value)  # type: ignore[arg-type]
+        values: tuple[object, ...] = tuple(value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(
             f"{template.name} is to return {count} values (num_returns), but returned a {type(value).__name__}"

@@ -76,7 +76,7 @@ class SimulatedLink:
     def charge(self, seconds: float) -> None:
         """Keep this process's CPU busy."""
         now = self.engine.env.now
-        self.busy_until = (self.busy_until if self.busy_until > now else now) + seconds
+        self.busy_until = (max(now, self.busy_until)) + seconds
 
     # -- sending -----------------------------------------------------------------------------------------------
 

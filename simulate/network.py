@@ -97,4 +97,4 @@ def make_network(name: str, env: simpy.Environment, groups: Sequence[NodeGroup])
 
 def after(env: simpy.Environment, delay: float, call: Callable[[], None]) -> None:
     """Call ``call`` in ``delay`` simulated seconds: one SimPy event, and no generator to resume."""
-    env.timeout(delay if delay > 0.0 else 0.0).callbacks.append(lambda _: call())
+    env.timeout(max(0.0, delay)).callbacks.append(lambda _: call())

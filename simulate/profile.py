@@ -108,7 +108,7 @@ UNKNOWN_KIND = KindCost()
 
 def free_profile() -> Profile:
     """A machine on which the control plane costs nothing: for tests, and to see what remains of a program then."""
-    nothing = {field: 0.0 for field in KindCost.__struct_fields__}
+    nothing = dict.fromkeys(KindCost.__struct_fields__, 0.0)
     return Profile(
         step_s=0.0, kinds={"*": KindCost(**nothing)},
         client=ClientCost(submit_s=0, get_s=0, put_s=0, frame_s=0, byte_s=0),
@@ -144,7 +144,8 @@ def _parse(text: str, where: str) -> Profile:
     version = plain.get("version") if isinstance(plain, dict) else None
     if version != PROFILE_VERSION:
         raise ProfileError(
-            f"the cost profile {where} has version {version!r}, and this trio-ray reads version {PROFILE_VERSION}; {again}"
+            f"the cost profile {where} has version {version!r}, and this trio-ray reads version {PROFILE_VERSION}; "
+            + again
         )
     try:
         profile = msgspec.convert(plain, Profile)

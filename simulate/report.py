@@ -28,7 +28,7 @@ class Report(msgspec.Struct, kw_only=True):
     """Those of them that raised, or were cancelled while they ran."""
     throughput_per_s: float
     latency_s: dict[str, float]
-    """From submission to the worker's report: ``mean``, ``p50``, ``p90``, ``p95``, ``p99``, ``max``; empty without tasks."""
+    """From submission to the worker's report: ``mean``, ``p50``, ``p90``, ``p95``, ``p99``, ``max``; empty if none ran."""
     utilisation: dict[str, float]
     """Part of each resource that tasks held, averaged over the makespan and all nodes; a task that waits in ``get``
     holds its CPU no longer."""
@@ -39,10 +39,11 @@ class Report(msgspec.Struct, kw_only=True):
     """Control frames from node to node."""
     frame_bytes: int
     placement: dict[str, int]
-    """Why tasks ran where they did, and how many: kept where they were born, or placement's reasons (with ``#`` for figures)."""
+    """Why tasks ran where they did, and how many: kept where they were born, or placement's reasons (figures as ``#``)."""
     tasks_by_node: dict[Address, int]
     node_process_busy: dict[str, float]
-    """Part of the makespan that node processes (scheduling, objects, control store) were busy: ``head``, ``mean``, ``max``."""
+    """Part of the makespan that node processes (which schedule, keep objects and the control store) were busy: ``head``,
+    ``mean``, ``max``."""
     event_log_hash: str
     """Of every message, timer and process of the run: the same for the same program, cluster, profile and seed."""
     messages: int
@@ -75,9 +76,12 @@ class Report(msgspec.Struct, kw_only=True):
 
     def __str__(self) -> str:
         shape = ", ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
-        lines = [
+        title = (
             f"simulated {self.nodes:,} node{'s' * (self.nodes != 1)} ({shape}); policy {self.policy}, "
-            f"network {self.network}, seed {self.seed}",
+            f"network {self.network}, seed {self.seed}"
+        )
+        lines = [
+            title,
             f"  makespan      {_seconds(self.makespan_s)}",
             f"  tasks         {self.tasks:,}" + (f" ({self.failed:,} failed)" if self.failed else ""),
             f"  throughput    {self.throughput_per_s:,.0f} tasks/s",

@@ -24,7 +24,8 @@ Program = Callable[[Cluster], Awaitable[Any]]
 
 
 def run(
-    main: Program, *, nodes: int = 1, cpus: float = 1.0, gpus: float = 0.0, cluster: ClusterSpec | str | Path | None = None,
+    main: Program, *, nodes: int = 1, cpus: float = 1.0, gpus: float = 0.0,
+    cluster: ClusterSpec | str | Path | None = None,
     policy: str = "bottom-up", costs: Mapping[Any, Cost] | None = None, default_cost: Cost = 0.0, seed: int = 0,
     network: str = "simple", profile: Profile | str | Path | None = None, resources: dict[str, float] | None = None,
     labels: dict[str, str] | None = None, memory_bytes: int = 0, store_bytes: int = DEFAULT_STORE_BYTES,

@@ -84,7 +84,7 @@ class Strand:
         try:
             if not self.finished:
                 self.resume()
-        except BaseException:  # noqa: S110 - nobody is left to tell
+        except BaseException:
             pass
         self._abandoned = False
 

@@ -15,8 +15,8 @@ import trio
 
 from trio_ray.runtime.api import context
 from trio_ray.runtime.api.actors import READY
-from trio_ray.runtime.core import ids
 from trio_ray.runtime.api.errors import ObjectStoreFullError
+from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.messages import (
     Address,
     AnyMessage,
@@ -55,7 +55,8 @@ class Modelled:
 class Job:
     """A task that the worker has begun."""
 
-    __slots__ = ("begun_at", "body", "cancelled", "duration_s", "inputs", "scope", "spec", "strand", "template", "timed")
+    __slots__ = ("begun_at", "body", "cancelled", "duration_s", "inputs", "scope", "spec", "strand", "template",
+                 "timed")  # fmt: skip
 
     def __init__(self, spec: TaskSpec, inputs: Inputs, template: TaskTemplate, body: Body) -> None:
         self.spec = spec
@@ -380,11 +381,11 @@ class SimulatedWorker(SimulatedLink):
         if template.kind == Kind.ACTOR_CREATION:
             self._instance = Modelled()
         size = model.size_bytes
-        if size is None or size <= self.inline_limit or template.kind == Kind.ACTOR_CREATION:
-            if all(len(payload) <= self.inline_limit for payload, _ in payloads):
-                made = tuple(Output(payload, -1, len(payload), contained) for payload, contained in payloads)
-                self._done(job, None, Status.OK, made)
-                return True
+        small = size is None or size <= self.inline_limit or template.kind == Kind.ACTOR_CREATION
+        if small and all(len(payload) <= self.inline_limit for payload, _ in payloads):
+            made = tuple(Output(payload, -1, len(payload), contained) for payload, contained in payloads)
+            self._done(job, None, Status.OK, made)
+            return True
         self._store_all(job, payloads, size, then)
         return False
 
@@ -470,7 +471,7 @@ class SimulatedWorker(SimulatedLink):
             if task is not None and task.in_trio:
                 raise RuntimeError(
                     f"{task.name} is an async function and made a call that blocks (get, wait, or putting a large "
-                    "value); in simulation that cannot be: await the reference instead, or make the function a plain one"
+                    "value); in simulation that cannot be: await the reference, or make the function a plain one"
                 )
             raise MustWait
 

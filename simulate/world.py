@@ -10,7 +10,6 @@ import trio
 from trio_ray.runtime.api import context, refs
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.waiting import SessionWaiting
-
 from trio_ray.runtime.core.messages import Address
 from trio_ray.runtime.core.node import NodeConfig
 from trio_ray.simulate.cluster import ClusterSpec

@@ -368,7 +368,7 @@ def test_a_cancelled_scope_reaches_the_tasks(world: World) -> None:
 
 def test_a_deadline_is_inherited(world: World) -> None:
     async def program(cluster: trio_ray.Cluster) -> None:
-        with trio.fail_after(0.3):
+        with trio.fail_after(0.3):  # noqa: ASYNC100 - what is submitted inside inherits the deadline
             ref = sleep_long.remote()
         with pytest.raises(exceptions.TaskCancelledError):
             await ref

@@ -69,7 +69,7 @@ def test_a_wrong_description_is_named_in_a_sentence(tmp_path: Path, text: str, s
 
 
 def test_a_missing_description_is_named() -> None:
-    with pytest.raises(ClusterError, match="nowhere.toml"):
+    with pytest.raises(ClusterError, match=r"nowhere\.toml"):
         ClusterSpec.load("nowhere.toml")
 
 
