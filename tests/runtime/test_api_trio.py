@@ -38,13 +38,13 @@ def fail() -> None:
     raise ValueError("no good")
 
 
-@trio_ray.remote
+@trio_ray.remote(num_cpus=0)
 def hang(mark: str) -> None:
     Path(mark).touch()
     time.sleep(600)
 
 
-@trio_ray.remote
+@trio_ray.remote(num_cpus=0)
 def hang_below(mark: str) -> Any:
     return trio_ray.get(hang.remote(mark))
 
