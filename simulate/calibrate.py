@@ -124,11 +124,11 @@ def measure_machines(progress: Callable[[float], None] = lambda part: None) -> P
     names = sorted({name for kinds, _ in runs for name in kinds})
     fields = KindCost.__struct_fields__
     middle = {}
-    spread = {"step_s": _spread([step_s for _, step_s in runs])}
+    spread = {"step_s": spread_of([step_s for _, step_s in runs])}
     for name in names:
         found = [kinds[name] for kinds, _ in runs if name in kinds]
         middle[name] = KindCost(**{field: median(getattr(cost, field) for cost in found) for field in fields})
-        spread[name] = _spread([cost.step_message_s + cost.step_item_s + cost.encode_message_s for cost in found])
+        spread[name] = spread_of([cost.step_message_s + cost.step_item_s + cost.encode_message_s for cost in found])
     return Profile(
         step_s=median(step_s for _, step_s in runs), kinds=middle, machine=machine_facts(), spread=spread,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,7 +155,7 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread_of(values: Sequence[float]) -> float:
     """Interquartile range over median."""
     low, mid, high = np.percentile(values, (25, 50, 75))
     return round(float((high - low) / mid), 4) if mid else 0.0

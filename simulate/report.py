@@ -28,7 +28,7 @@ class Report(msgspec.Struct, kw_only=True):
     """Those of them that raised, or were cancelled while they ran."""
     throughput_per_s: float
     latency_s: dict[str, float]
-    """From submission to the worker's report: ``mean``, ``p50``, ``p90``, ``p95``, ``p99``, ``max``; empty if none ran."""
+    """From submission to the worker's report: ``mean``, ``p50``, ``p90``, ``p95``, ``p99``, ``max``."""
     utilisation: dict[str, float]
     """Part of each resource that tasks held, averaged over the makespan and all nodes; a task that waits in ``get``
     holds its CPU no longer."""
@@ -39,10 +39,10 @@ class Report(msgspec.Struct, kw_only=True):
     """Control frames from node to node."""
     frame_bytes: int
     placement: dict[str, int]
-    """Why tasks ran where they did, and how many: kept where they were born, or placement's reasons (figures as ``#``)."""
+    """Why tasks ran where they did, and how many: kept where they were born, or placement's reasons."""
     tasks_by_node: dict[Address, int]
     node_process_busy: dict[str, float]
-    """Part of the makespan that node processes (which schedule, keep objects and the control store) were busy: ``head``,
+    """Part of the makespan that node processes (which schedule, keep objects, and the store) were busy: ``head``,
     ``mean``, ``max``."""
     event_log_hash: str
     """Of every message, timer and process of the run: the same for the same program, cluster, profile and seed."""
