@@ -246,6 +246,8 @@ class SyncConnection:
     # -- the pump ------------------------------------------------------------------------------------------------
 
     def _wake_pump(self) -> None:
+        if not self._asleep:
+            return  # somebody has woken it; it takes until it gets the interpreter's lock
         self._asleep = False
         try:
             os.write(self._wake_write, b"w")

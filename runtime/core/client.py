@@ -13,8 +13,9 @@ and the batch tells the drops last.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from typing import Protocol
 
 from trio_ray.runtime.core.messages import (
     Address,
@@ -36,6 +37,14 @@ from trio_ray.runtime.core.messages import (
     Where,
 )
 from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
+
+
+class Listener(Protocol):
+    """Somebody who waits for many objects."""
+
+    def news(self, object_ids: Sequence[bytes], /) -> None:
+        """These became ready (or only exist), or the link is lost."""
+
 
 Watcher = Callable[[bytes], None]
 """Called with an object's id."""
@@ -68,14 +77,16 @@ class ClientCore:
         self.out: list[Item] = []
         self.streams: dict[int, Value] = {}
         """Values whose bytes are arriving, by transfer."""
+        self.listeners: dict[Listener, None] = {}
+        """Told of each batch of news: those who wait for many objects."""
         self.error_watchers: dict[Watcher, None] = {}
         """Called with the id of every object that turns out to be an error."""
+        self.some_elsewhere = False
+        """Some object was told to exist without its bytes."""
         self.failure = ""
         """Why the link is closed; empty while it is open."""
         self._fetching: set[bytes] = set()
         """Objects whose bytes were asked for after they were told to exist."""
-        self._wishes: set[bytes] = set()
-        """Objects whose bytes are to be asked for if the node tells only that they exist."""
         self._watchers: dict[bytes, list[Watcher]] = {}
         self._creating: dict[bytes, Callable[[ObjectCreated | CreateFailed], None]] = {}
         self._asking: dict[int, Callable[[Answer], None]] = {}
@@ -118,22 +129,20 @@ class ClientCore:
 
     def want(self, object_ids: Iterable[bytes], *, fetch: bool) -> None:
         """Ask for those objects that the node will not tell of by itself; with ``fetch``, for their bytes too."""
-        values, wishes = self.values, self._wishes
-        ask: list[bytes] = []
-        for wanted in object_ids:
-            value = values.get(wanted)
-            if value is not None and not (fetch and value.where == Where.ELSEWHERE):
-                continue
-            object_id = bytes(wanted)  # a reference in our tables would keep itself alive
-            if value is None:
-                if object_id not in values:
-                    values[object_id] = None
+        values = self.values
+        # Copies: a reference in our tables would keep itself alive.
+        ask = [bytes(object_id) for object_id in object_ids if object_id not in values]
+        if ask:
+            fresh: dict[bytes, Value | None] = dict.fromkeys(ask)
+            values.update(fresh)
+            ask = list(fresh)
+        if fetch and self.some_elsewhere:
+            for wanted in object_ids:
+                value = values.get(wanted)
+                if value is not None and value.where == Where.ELSEWHERE and wanted not in self._fetching:
+                    object_id = bytes(wanted)
+                    self._fetching.add(object_id)
                     ask.append(object_id)
-                if fetch:
-                    wishes.add(object_id)
-            elif object_id not in self._fetching:
-                self._fetching.add(object_id)
-                ask.append(object_id)
         if ask:
             self.out.append(WaitObjects(ask, fetch))
 
@@ -250,7 +259,6 @@ class ClientCore:
             del counts[object_id]
             self.values.pop(object_id, None)
             self.owners.pop(object_id, None)
-            self._wishes.discard(object_id)
             self._fetching.discard(object_id)
             if fresh and object_id in fresh:
                 del fresh[object_id]
@@ -278,8 +286,7 @@ class ClientCore:
         return others
 
     def _ready(self, news: list[Value]) -> None:
-        values, watchers, wishes = self.values, self._watchers, self._wishes
-        ask: list[bytes] = []
+        values, told = self.values, []
         for value in news:
             object_id = value.object_id
             if value.where == Where.STREAMED:
@@ -293,23 +300,30 @@ class ClientCore:
             elif object_id not in values:
                 continue  # its last reference was dropped meanwhile
             values[object_id] = value
-            if wishes and object_id in wishes:
-                wishes.remove(object_id)
-                if value.where == Where.ELSEWHERE:
-                    self._fetching.add(object_id)
-                    ask.append(object_id)
+            told.append(object_id)
+            if value.where == Where.ELSEWHERE:
+                self.some_elsewhere = True
             elif self._fetching:
                 self._fetching.discard(object_id)
-            if watchers:
+        if told:
+            self._tell(told)
+
+    def _tell(self, told: list[bytes]) -> None:
+        watchers = self._watchers
+        if watchers:
+            for object_id in told:
                 callbacks = watchers.pop(object_id, None)
                 if callbacks:
                     for callback in callbacks:
                         callback(object_id)
-            if value.error and self.error_watchers:
-                for on_error in list(self.error_watchers):
-                    on_error(object_id)
-        if ask:
-            self.out.append(WaitObjects(ask))
+        for listener in list(self.listeners):
+            listener.news(told)
+        if self.error_watchers:
+            for object_id in told:
+                value = self.values.get(object_id)
+                if value is not None and value.error:
+                    for on_error in list(self.error_watchers):
+                        on_error(object_id)
 
     def streamed(self, transfer: int, payload: bytes) -> None:
         """All bytes of a ``STREAMED`` value have arrived."""
@@ -329,3 +343,5 @@ class ClientCore:
         for object_id, callbacks in watchers.items():
             for callback in callbacks:
                 callback(object_id)
+        for listener in list(self.listeners):
+            listener.news(())

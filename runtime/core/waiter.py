@@ -1,4 +1,4 @@
-"""Waiting for some of many objects, without looking at all of them at every piece of news."""
+"""Waiting for some of many objects, at a cost that follows the news, not the number of objects."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,11 +12,12 @@ class Waiter:
     With ``fetch`` an object is there when its bytes are, otherwise when it exists. With ``stop_at_error`` the first
     that is an error ends the wait. A lost link ends it too: look at ``ClientCore.failure``.
 
-    Waiting for all watches one object at a time, the first that is missing: by the time it is there most of the others
-    are as well. ``start`` and ``cancel`` belong to the core's one thread at a time; ``callback`` comes from there.
+    It hears of each batch of news as a whole. Waiting for all then looks at the first object that was missing, and
+    moves on from there; waiting for some counts those of the news that it waits for. ``start`` and ``cancel`` belong to
+    the core's one thread at a time; ``callback`` comes from there.
     """
 
-    __slots__ = ("_at", "_callback", "_core", "_count", "_fetch", "_ids", "_left", "_stop_at_error", "_watched", "done",
+    __slots__ = ("_at", "_callback", "_core", "_count", "_fetch", "_ids", "_missing", "_stop_at_error", "done",
                  "failed")  # fmt: skip
 
     def __init__(
@@ -31,9 +32,8 @@ class Waiter:
         self._stop_at_error = stop_at_error
         self._at = 0
         """When waiting for all: those before it are there."""
-        self._left = 0
-        """When waiting for some: how many are still to come."""
-        self._watched: set[bytes] = set()
+        self._missing: set[bytes] = set()
+        """When waiting for some: those that are not there."""
         self.done = False
         self.failed = False
         """An error ended the wait."""
@@ -41,20 +41,9 @@ class Waiter:
     def start(self) -> bool:
         """Begin to wait; True if there was nothing to wait for, and ``callback`` is not called."""
         core, object_ids = self._core, self._ids
-        if core.failure:
+        if core.failure or self._is_met():
             self.done = True
             return True
-        if self._count == len(object_ids):
-            if self._advance():
-                self.done = True
-                return True
-            self._watched.add(object_ids[self._at])
-        else:
-            self._watched = {object_id for object_id in object_ids if not self._there(object_id)}
-            self._left = self._count - (len(object_ids) - len(self._watched))
-            if self._left <= 0:
-                self.done = True
-                return True
         if self._stop_at_error:
             values = core.values
             for object_id in object_ids:
@@ -62,23 +51,38 @@ class Waiter:
                 if value is not None and value.error:
                     self.done = self.failed = True
                     return True
-            core.error_watchers[self._on_error] = None
         core.want(object_ids, fetch=self._fetch)
-        for object_id in self._watched:
-            core.watch(object_id, self._news)
+        if len(object_ids) == 1:
+            core.watch(object_ids[0], self._single_news)
+        else:
+            core.listeners[self] = None
         return False
+
+    def _single_news(self, object_id: bytes) -> None:
+        self.news((object_id,))
+        if not self.done:  # it exists; its bytes are on their way
+            self._core.watch(object_id, self._single_news)
+
+    def _is_met(self) -> bool:
+        object_ids, count = self._ids, self._count
+        if count == len(object_ids):
+            return self._advance()
+        values, fetch, missing = self._core.values, self._fetch, []
+        allowed = len(object_ids) - count
+        for object_id in object_ids:
+            value = values.get(object_id)
+            if value is None or (fetch and value.where == Where.ELSEWHERE):
+                missing.append(object_id)
+        self._missing = set(missing)
+        return len(missing) <= allowed
 
     def cancel(self) -> None:
         """Wait no longer; ``callback`` is not called any more."""
         self.done = True
-        for object_id in self._watched:
-            self._core.unwatch(object_id, self._news)
-        self._watched.clear()
-        self._core.error_watchers.pop(self._on_error, None)
-
-    def _there(self, object_id: bytes) -> bool:
-        value = self._core.values.get(object_id)
-        return value is not None and not (self._fetch and value.where == Where.ELSEWHERE)
+        if len(self._ids) == 1:
+            self._core.unwatch(self._ids[0], self._single_news)
+        else:
+            self._core.listeners.pop(self, None)
 
     def _advance(self) -> bool:
         """Move past those that are there; True if all are."""
@@ -92,33 +96,31 @@ class Waiter:
         self._at = at
         return at == end
 
-    def _news(self, object_id: bytes) -> None:
+    def news(self, object_ids: Sequence[bytes]) -> None:
+        """These became ready, or the link is lost."""
         if self.done:
             return
-        self._watched.discard(object_id)
-        if self._core.failure:
-            self._end()
-        elif self._count == len(self._ids):
-            if self._advance():
-                self._end()
-            else:
-                self._watch(self._ids[self._at])
-        elif not self._there(object_id):
-            self._watch(object_id)  # it exists; its bytes are on their way
+        values = self._core.values
+        if self._fetch and self._core.some_elsewhere:
+            exist = {o for o in object_ids if (value := values.get(o)) is not None and value.where == Where.ELSEWHERE}
+            if exist:
+                self._core.want([object_id for object_id in self._ids if object_id in exist], fetch=True)
+        if self._count == len(self._ids):
+            met = self._advance()
         else:
-            self._left -= 1
-            if not self._left:
-                self._end()
-
-    def _watch(self, object_id: bytes) -> None:
-        self._watched.add(object_id)
-        self._core.watch(object_id, self._news)
-
-    def _on_error(self, object_id: bytes) -> None:
-        if not self.done and object_id in self._ids:
-            self.failed = True
-            self._end()
-
-    def _end(self) -> None:
-        self.cancel()
-        self._callback()
+            missing, fetch = self._missing, self._fetch
+            for object_id in object_ids:
+                if object_id in missing:
+                    value = values.get(object_id)
+                    if value is not None and not (fetch and value.where == Where.ELSEWHERE):
+                        missing.discard(object_id)
+            met = len(missing) <= len(self._ids) - self._count
+        if self._stop_at_error and not met:
+            for object_id in object_ids:
+                value = values.get(object_id)
+                if value is not None and value.error and object_id in self._ids:
+                    self.failed = met = True
+                    break
+        if met or self._core.failure:
+            self.cancel()
+            self._callback()

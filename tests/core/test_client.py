@@ -151,7 +151,9 @@ def test_the_bytes_of_a_large_result_are_asked_for_as_soon_as_it_exists() -> Non
     core = make_core()
     mine, unwanted = submit(core, 0), submit(core, 1)
     core.take()
-    core.want([mine], fetch=True)
+    called: list[bool] = []
+    waiter = Waiter(core, [mine], 1, lambda: called.append(True), fetch=True, stop_at_error=False)
+    assert not waiter.start()
     news = [Value(mine, Where.ELSEWHERE, size=10**6), Value(unwanted, Where.ELSEWHERE, size=10**6)]
     core.receive([ObjectsReady(news)])
     assert not core.readable(mine)
