@@ -627,3 +627,9 @@ AnyMessage = (
     | ControlAnswer
 )  # fmt: skip
 """Every message, for decoders."""
+
+FromProcess = (
+    SubmitTasks | PutObjects | CreateObject | SealObjects | AbortObjects | WaitObjects | References | Unpin
+    | CancelTasks | CancelScope | KillActor | ActorHandles | Query | TasksDone | ReturnTasks | Blocked
+)  # fmt: skip
+"""What processes say to their node, which decodes nothing else on their links."""

@@ -24,7 +24,7 @@ STOP_LIMIT_S = 3.0
 """After so long a node that was asked to end is killed."""
 SECRET_BYTES = 32
 STORE_SHARE = 0.3
-"""Of this machine's shared memory, for the object stores of a cluster's nodes together."""
+"""Of this machine's memory, for the object stores of a cluster's nodes together; only what is used is taken."""
 MAX_STORE_BYTES = 64 << 30
 
 
@@ -70,20 +70,27 @@ def runtime_root() -> Path:
 
 
 def default_store_bytes(nodes: int) -> int:
-    """The object store of each of ``nodes`` nodes on this machine: memory is shared among them."""
-    status = os.statvfs("/dev/shm") if Path("/dev/shm").exists() else os.statvfs("/tmp")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = min(memory, status.f_frsize * status.f_blocks)
+    """The object store of each of ``nodes`` nodes on this machine: a share of its memory, divided among them."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            available = min(available, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            pass  # no such limit, or "max"
     return min(int(available * STORE_SHARE / nodes), MAX_STORE_BYTES)
 
 
 class LocalNode:
     """A node process that this process started, and its lifeline: it ends when this process does."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", ready: IO[bytes], settings: NodeSettings) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", ready: IO[bytes], settings: NodeSettings, log: Path | None
+    ) -> None:
         self._process = process
         self._ready = ready
         self.settings = settings
+        self.log = log
+        """The file it logs to; None: it writes where this process does."""
 
     def wait_ready(self, deadline: float) -> NodeProcess:
         """Block until the node is up. Raises StartError with what it said."""
@@ -93,10 +100,11 @@ class LocalNode:
             readable, _, _ = select.select([ready], [], [], max(0.0, deadline - time.monotonic()))
             line = ready.readline() if readable else b""
         if not line:
-            code = self._process.poll()
             self.stop()
-            why = f"it took longer than {START_LIMIT_S:.0f} s" if code is None else f"it ended with exit code {code}"
-            raise StartError(f"the node {self.settings.node} did not start: {why}; see its log in {self.log_dir}")
+            code = self._process.returncode
+            why = f"it ended with exit code {code}" if readable else f"it took longer than {START_LIMIT_S:.0f} s"
+            where = f"its log is {self.log}" if self.log is not None else "what it wrote stands above"
+            raise StartError(f"the node {self.settings.node} did not start: {why}; {where}")
         said = msgspec.json.decode(line, type=Ready)
         if said.error:
             self.stop()
@@ -104,11 +112,6 @@ class LocalNode:
         return NodeProcess(
             node=said.node, pid=said.pid, unix=said.unix, tcp=said.tcp, ws=said.ws, resources=self.settings.resources
         )
-
-    @property
-    def log_dir(self) -> Path:
-        """Where it logs."""
-        return Path(self.settings.session_dir)
 
     @property
     def pid(self) -> int:
@@ -132,24 +135,38 @@ class LocalNode:
             self._process.wait()
 
 
+PROGRAM = """
+import sys
+if {root!r} not in sys.path:
+    sys.path.append({root!r})
+from trio_ray.runtime.node.main import main
+main()
+"""
+"""What a node process runs: this very package, wherever it is, without a change to the environment of the workers."""
+
+
 def start_node(settings: NodeSettings, *, log: bool) -> LocalNode:
-    """Start a node process. With ``log`` it writes to files in its folder, else where this process does."""
+    """Start a node process. With ``log`` it writes to a file in its folder, else where this process does."""
     folder = Path(settings.session_dir)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = folder / "node.log" if log else None
     read, write = os.pipe()
     settings.ready_fd = write
-    output = (folder / "node.log").open("ab") if log else None
+    output = file.open("ab") if file is not None else None
+    program = PROGRAM.format(root=str(Path(__file__).absolute().parents[3]))
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trio_ray.runtime.node"],
+            [sys.executable, "-P", "-c", program, "trio-ray-node", settings.node],
             stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(write,), start_new_session=True,
-            env=_environment(),
         )  # fmt: skip
+    except BaseException:
+        os.close(read)
+        raise
     finally:
         os.close(write)
         if output is not None:
             output.close()
-    node = LocalNode(process, os.fdopen(read, "rb"), settings)
+    node = LocalNode(process, os.fdopen(read, "rb"), settings, file)
     assert process.stdin is not None
     try:
         process.stdin.write(msgspec.json.encode(settings) + b"\n")
@@ -159,13 +176,6 @@ def start_node(settings: NodeSettings, *, log: bool) -> LocalNode:
     except BrokenPipeError:
         pass  # it ended at once: ``wait_ready`` says why
     return node
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with a module search path that finds this very package."""
-    root = str(Path(__file__).absolute().parents[3])
-    known = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root}
 
 
 def new_node_settings(folder: Path, secret: str, **fields: object) -> NodeSettings:
@@ -197,35 +207,71 @@ class LocalCluster:
         store_bytes: int | None = None, policy: str = "bottom-up", host: str = "127.0.0.1", port: int = 0,
         ws_port: int = -1, insecure: bool = False, shards: int = 1, seed: int = 0, record: str = "",
         detached: bool = False, log: bool = False, sys_path: list[str] | None = None, prestart: int = -1,
-        infeasible_timeout_s: float = 1.0, cancel_grace_s: float = 2.0,
+        infeasible_timeout_s: float = 1.0, cancel_grace_s: float = 2.0, secret: str = "",
     ) -> "LocalCluster":  # fmt: skip
         """Start the head's process, and answer before it is up: ``finish`` waits for it and starts the others.
 
+        With ``nodes=0`` nothing is started: nodes of a cluster whose head runs elsewhere are added (see ``join``).
         Raises StartError.
         """
         sweep()
         name = f"c-{secrets.token_hex(4)}"
         folder = runtime_root() / name
         folder.mkdir(mode=0o700)
-        secret = secrets.token_hex(SECRET_BYTES)
+        secret = secret or secrets.token_hex(SECRET_BYTES)
         cluster = cls(name, folder, secret, log=log, detached=detached)
         (folder / "owner").write_text(str(os.getpid()))
         cluster._common = {
             "resources": resources if resources is not None else {"CPU": float(os.cpu_count() or 1)},
             "labels": labels or {},
-            "store_bytes": store_bytes or default_store_bytes(nodes),
+            "store_bytes": store_bytes or default_store_bytes(max(nodes, 1)),
             "policy": policy, "host": host, "insecure": insecure, "shards": shards, "seed": seed, "detached": detached,
             "sys_path": sys_path or [], "prestart": prestart, "infeasible_timeout_s": infeasible_timeout_s,
             "cancel_grace_s": cancel_grace_s,
         }  # fmt: skip
-        head = new_node_settings(
-            folder, secret, **cluster._common, port=port, ws_port=ws_port, record=record
-        )
         cluster._wanted = nodes
-        cluster._nodes.append(start_node(head, log=log))
+        if nodes:
+            remove = "" if log or detached else str(folder)
+            try:
+                cluster._start(port=port, ws_port=ws_port, record=record, remove=remove)
+            except BaseException:
+                cluster.stop()
+                raise
         return cluster
 
     _wanted: int = 1
+
+    @classmethod
+    def join(
+        cls, address: str, secret: str, *, resources: dict[str, float] | None = None,
+        labels: dict[str, str] | None = None, store_bytes: int | None = None, host: str = "127.0.0.1", port: int = 0,
+        insecure: bool = False, detached: bool = False, log: bool = False, sys_path: list[str] | None = None,
+    ) -> "LocalCluster":  # fmt: skip
+        """Start a node on this machine that joins the cluster whose head listens at ``address`` (``tcp://…``).
+
+        Drivers of this machine enter the cluster through it. Raises StartError.
+        """
+        cluster = cls.begin(
+            nodes=0, resources=resources, labels=labels, store_bytes=store_bytes, host=host, insecure=insecure,
+            detached=detached, log=log, sys_path=sys_path, secret=secret,
+        )  # fmt: skip
+        try:
+            node = cluster._start(head=address, port=port)
+            process = node.wait_ready(time.monotonic() + START_LIMIT_S)
+        except BaseException:
+            cluster.stop()
+            raise
+        head = NodeProcess(node="", pid=0, unix=process.unix, tcp=address)
+        cluster.file = ClusterFile(
+            name=cluster.name, secret=secret, head=head, nodes=[process], started_at=time.time(), detached=detached
+        )
+        cluster._save()
+        return cluster
+
+    def _start(self, **fields: object) -> LocalNode:
+        settings = new_node_settings(self.folder, self.secret, **{**self._common, **fields})
+        self._nodes.append(start_node(settings, log=self._log))
+        return self._nodes[-1]
 
     def finish(self) -> ClusterFile:
         """Wait for the head, start the other nodes, wait for those. Raises StartError, after stopping everything."""
@@ -244,20 +290,12 @@ class LocalCluster:
         return self.file
 
     def _start_more(self, count: int, deadline: float) -> list[NodeProcess]:
-        started = []
-        for index in range(count):
-            settings = new_node_settings(
-                self.folder, self.secret, **{**self._common, "seed": index + 1}, head=self.file.head.tcp
-            )
-            started.append(start_node(settings, log=self._log))
-            self._nodes.append(started[-1])
+        started = [self._start(seed=index + 1, head=self.file.head.tcp) for index in range(count)]
         return [node.wait_ready(deadline) for node in started]
 
     def add_node(self, **fields: object) -> NodeProcess:
         """Start one more node; ``fields`` of ``NodeSettings`` replace the cluster's. Raises StartError."""
-        settings = new_node_settings(self.folder, self.secret, **{**self._common, **fields}, head=self.file.head.tcp)
-        node = start_node(settings, log=self._log)
-        self._nodes.append(node)
+        node = self._start(seed=len(self._nodes), head=self.file.head.tcp, **fields)
         process = node.wait_ready(time.monotonic() + START_LIMIT_S)
         self.file.nodes.append(process)
         self._save()
@@ -296,11 +334,19 @@ class LocalCluster:
 
 
 def save(folder: Path, file: ClusterFile) -> None:
-    """Write a cluster's file, readable by its user only, in one piece."""
-    draft = folder / "cluster.json.new"
-    draft.touch(mode=0o600)
-    draft.write_bytes(msgspec.json.encode(file))
-    draft.rename(folder / "cluster.json")
+    """Write a cluster's file and its secret, readable by its user only, each in one piece."""
+    for path, content in (
+        (folder / "cluster.json", msgspec.json.encode(file)), (secret_file(file), file.secret.encode()),
+    ):  # fmt: skip
+        draft = path.with_suffix(".new")
+        draft.touch(mode=0o600)
+        draft.write_bytes(content)
+        draft.rename(path)
+
+
+def secret_file(file: ClusterFile) -> Path:
+    """The cluster's secret, in hexadecimal: to be copied to machines from which others join."""
+    return runtime_root() / file.name / "secret"
 
 
 def clusters() -> list[ClusterFile]:

@@ -4,6 +4,7 @@ A ``memfd`` has no name, so there is nothing to clean up: it is gone with the la
 ended. Others open it through ``/proc``, which only the same user may.
 """
 
+import ctypes
 import mmap
 import os
 
@@ -20,6 +21,10 @@ class SharedArena:
         os.ftruncate(self._fd, max(size, mmap.PAGESIZE))
         self._map = mmap.mmap(self._fd, max(size, mmap.PAGESIZE))
         self.view = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Through ctypes, which lets other threads run meanwhile; the mmap object's own madvise does not.
+        self._madvise = ctypes.CDLL(None).madvise
+        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     @property
     def path(self) -> str:
@@ -27,12 +32,10 @@ class SharedArena:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def populate(self, offset: int, size: int) -> None:
-        """Fault pages in ahead of a transfer (a first touch costs seven times a warm one), if the kernel can."""
+        """Fault pages in ahead of a transfer (a first touch costs seven times a warm one), from any thread."""
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            self._map.madvise(MADV_POPULATE_WRITE, begin, offset + size - begin)
-        except (OSError, ValueError):
-            pass  # an older kernel: the copy faults the pages in
+        # A kernel before 5.14 refuses: then the copy faults the pages in.
+        self._madvise(self._address + begin, offset + size - begin, MADV_POPULATE_WRITE)
 
     def close(self) -> None:
         """Unmap and close; views that are still out keep the memory until they are gone."""

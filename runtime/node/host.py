@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -42,13 +43,20 @@ from trio_ray.runtime.core.machine import (
     WindowFilled,
     WorkerFailed,
 )
-from trio_ray.runtime.core.messages import Address, AnyMessage, NodeInfo, NodesChanged
+from trio_ray.runtime.core.messages import Address, AnyMessage, FromProcess, NodeInfo, NodesChanged
 from trio_ray.runtime.node.arena import SharedArena
 from trio_ray.runtime.node.recording import Recording
 from trio_ray.runtime.node.workers import WorkerPool
-from trio_ray.runtime.transport.frames import MAX_CONTROL_BYTES, ProtocolError
+from trio_ray.runtime.transport.frames import BATCH_BYTES, ProtocolError
 from trio_ray.runtime.transport.handshake import AuthenticationError, Hello, Listener, Welcome
-from trio_ray.runtime.transport.links import Link, LinkClosed, SocketLink, WebSocketLink, dial, receive_hello
+from trio_ray.runtime.transport.links import (
+    Link,
+    LinkClosed,
+    SocketLink,
+    WebSocketLink,
+    open_link,
+    receive_hello,
+)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -75,22 +83,25 @@ class Host:
     """One node process: machines, links, timers, workers, the arena."""
 
     def __init__(
-        self, info: NodeInfo, machines: dict[Address, Machine], *, secret: bytes, welcome: Callable[[Address], Welcome],
-        arena: SharedArena, head: str, recording: Recording | None,
+        self, info: NodeInfo, machines: Callable[[Welcome | None], tuple[dict[Address, Machine], Recording | None]],
+        *, secret: bytes, welcome: Callable[[Address, bool], Welcome], arena: SharedArena, head: str,
     ) -> None:  # fmt: skip
         self.info = info
         self.head_lost = trio.Event()
-        self._machines = machines
+        self._build = machines
+        """Makes the machines, and the recording if there is to be one, once the head (if another) has been heard."""
+        self._machines: dict[Address, Machine] = {}
         self._secret = secret
         self._welcome = welcome
         self._arena = arena
         self._head = head
         """Where the head's transport listens; empty on the head itself."""
-        self._recording = recording
+        self._recording: Recording | None = None
         self._pool: WorkerPool
         self._nursery: trio.Nursery
         self._inbox: deque[tuple[Address, list[AnyEvent]]] = deque()
         self._running = False
+        self._stopping = False
         self._links: dict[Address, Link] = {}
         """Processes of this node."""
         self._workers: dict[Address, int] = {}
@@ -98,7 +109,11 @@ class Host:
         self._ended: dict[int, str] = {}
         """Workers whose process ended while their link still has something to read."""
         self._peers: dict[Address, Link] = {}
+        """The link by which each peer is spoken to; on all but the head, "" is the head."""
+        self._peer_links: dict[Address, list[Link]] = {}
+        """All links to each peer: there are two when both sides dialled at once."""
         self._dialling: dict[Address, list[Envelope]] = {}
+        """What waits for a link that is being made."""
         self._hosts: dict[Address, str] = {}
         """Where other nodes listen."""
         self._count = 0
@@ -110,7 +125,7 @@ class Host:
         self._to_process: dict[Address, list[AnyMessage]] = {}
         self._to_node: dict[Address, list[Envelope]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(list[AnyMessage]).decode
+        self._decode = msgspec.msgpack.Decoder(list[FromProcess]).decode
         self._decode_peer = msgspec.msgpack.Decoder(list[Envelope]).decode
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -126,19 +141,26 @@ class Host:
             try:
                 nursery.start_soon(self._pool.run)
                 nursery.start_soon(self._run_timers)
+                head: Welcome | None = await nursery.start(self._dial_head) if self._head else None
+                self._machines, self._recording = self._build(head)
                 for listener in listeners:
                     nursery.start_soon(self._accept_forever, listener)
                 if websockets is not None:
                     await nursery.start(partial(websockets, self))
-                if self._head:
-                    await nursery.start(self._dial_head)
                 for address, machine in self._machines.items():
-                    self._carry_out(address, machine.start(time.monotonic()))
+                    now = time.monotonic()
+                    effects = machine.start(now)
+                    if self._recording is not None:
+                        self._recording.write(address, now, None, effects)
+                    self._carry_out(address, effects)
                 self._drain()
                 ready()
                 await trio.sleep_forever()
             finally:
-                for link in [*self._links.values(), *self._peers.values()]:
+                self._stopping = True
+                if self._recording is not None:
+                    self._recording.close()
+                for link in [*self._links.values(), *chain.from_iterable(self._peer_links.values())]:
                     link.close()
 
     # -- machines ----------------------------------------------------------------------------------------------
@@ -146,7 +168,7 @@ class Host:
     def deliver(self, to: Address, events: list[AnyEvent]) -> None:
         """Something happened: let the machine act on it, now unless another is acting."""
         self._inbox.append((to, events))
-        if not self._running:
+        if not self._running and not self._stopping:
             self._drain()
 
     def _drain(self) -> None:
@@ -227,12 +249,16 @@ class Host:
 
     def _send(self, link: Link, batch: list[Any]) -> None:
         body = self._encode(batch)
-        if len(body) > MAX_CONTROL_BYTES // 2 and len(batch) > 1:
+        if len(body) > BATCH_BYTES and len(batch) > 1:
             half = len(batch) // 2
             self._send(link, batch[:half])
             self._send(link, batch[half:])
-        else:
+            return
+        try:
             link.send(body)
+        except ProtocolError as error:  # one message that no peer would take
+            link.failure = str(error)
+            link.close()
 
     # -- effects -----------------------------------------------------------------------------------------------
 
@@ -297,7 +323,7 @@ class Host:
             trio.lowlevel.current_trio_token().run_sync_soon(self._drain_if_idle, idempotent=True)
 
     def _drain_if_idle(self) -> None:
-        if not self._running:
+        if not self._running and not self._stopping:
             self._drain()
 
     _effects: dict[type, Callable[["Host", Address, Any], None]] = {
@@ -318,7 +344,7 @@ class Host:
                 try:
                     connection, _ = await accepting.accept()
                 except OSError as error:
-                    print(f"could not accept a connection: {error}", file=sys.stderr)
+                    print(f"trio-ray: could not accept a connection: {error}", file=sys.stderr)
                     await trio.sleep(0.1)  # out of file descriptors, most likely: let some be closed
                     continue
                 self._nursery.start_soon(self.serve, SocketLink(socket.socket(fileno=connection.detach())))
@@ -336,11 +362,12 @@ class Host:
                 try:
                     hello = await receive_hello(link, listener)
                 except (AuthenticationError, ProtocolError, LinkClosed, trio.TooSlowError) as error:
-                    why = str(error) or "it did not complete the handshake"
-                    print(f"a connection was refused: {why}", file=sys.stderr)
+                    why = str(error) or "the peer did not complete the handshake"
+                    print(f"trio-ray: a connection was refused: {why}", file=sys.stderr)
                     return
                 if hello.role == "node":
-                    link.send(listener.accept(self._welcome(hello.node)))
+                    link.window = partial(self._window, hello.node)
+                    link.send(listener.accept(self._welcome(hello.node, False)))
                     await self._serve_peer(hello.node, link)
                 else:
                     await self._serve_process(hello, link, listener)
@@ -353,13 +380,13 @@ class Host:
         process = f"{self.info.node}/{self._count}"
         self._links[process] = link
         link.window = partial(self._window, process)
-        link.send(listener.accept(self._welcome(process)))
+        link.send(listener.accept(self._welcome(process, hello.shares_memory)))
         if hello.role == "worker":
             self._workers[process] = hello.number
             self._worker_process[hello.number] = process
+            self._pool.pids.setdefault(hello.number, hello.pid)
         node = self.info.node
-        event = ProcessConnected(process, hello.role, hello.pid, hello.number, hello.shares_memory)
-        self.deliver(node, [event])
+        self.deliver(node, [ProcessConnected(process, hello.role, hello.pid, hello.number, hello.shares_memory)])
         reason = ""
         decode = self._decode
         try:
@@ -377,8 +404,9 @@ class Host:
             reason = str(closed)
         except (ProtocolError, msgspec.MsgspecError) as error:
             reason = f"it broke the protocol: {error}"
-            print(f"closing the link of {process}: {error}", file=sys.stderr)
         finally:
+            if reason:
+                print(f"trio-ray: the link of {process} is closed: {reason}", file=sys.stderr)
             del self._links[process]
             if hello.role == "worker":
                 self._worker_link_closed(process, hello.number)
@@ -397,6 +425,9 @@ class Host:
             self.deliver(self.info.node, [WorkerFailed(number, reason)])
         elif process in self._links:
             self._ended[number] = reason  # its last results may still be on the link
+            link = self._links[process]
+            if isinstance(link, SocketLink):
+                link.stop_reading()  # a child that it forked may hold the other end
         else:
             self._worker_gone(process, number, reason)
 
@@ -404,9 +435,15 @@ class Host:
         del self._workers[process], self._worker_process[number]
         self.deliver(self.info.node, [ProcessLost(process, reason)])
 
+    # -- peers -------------------------------------------------------------------------------------------------
+
     async def _serve_peer(self, node: Address, link: Link) -> None:
-        self._peers.setdefault(node, link)
-        link.window = partial(self._window, node)
+        self._peer_links.setdefault(node, []).append(link)
+        if node not in self._peers:
+            self._peers[node] = link
+            waiting = self._dialling.pop(node, None)
+            if waiting:
+                self._send(link, waiting)
         reason = ""
         try:
             while True:
@@ -426,39 +463,47 @@ class Host:
             reason = str(closed)
         except (ProtocolError, msgspec.MsgspecError) as error:
             reason = f"it broke the protocol: {error}"
-            print(f"closing the link to {node}: {error}", file=sys.stderr)
         finally:
-            if self._peers.get(node) is link:
-                del self._peers[node]
-                if node:
-                    for address in self._machines:
-                        self.deliver(address, [PeerLost(node, reason)])
+            if reason:
+                print(f"trio-ray: the link to {node} is closed: {reason}", file=sys.stderr)
+            link.close()
+            links = self._peer_links.get(node, [])
+            if link in links:  # else another link of this peer ended first, and all was said then
+                del self._peer_links[node], self._peers[node]
+                for other in links:
+                    other.close()
+                self._peer_lost(node, reason)
+
+    def _peer_lost(self, node: Address, reason: str) -> None:
+        for address in self._machines:
+            self.deliver(address, [PeerLost(node, reason)])
 
     async def _dial_peer(self, node: Address) -> None:
+        window = partial(self._window, node)
         try:
-            async with dial(self._hosts.get(node, ""), self._secret, self._hello()) as (link, _):
-                waiting = self._dialling.pop(node)
-                if node in self._peers:  # it dialled us meanwhile
-                    self._send(self._peers[node], waiting)
-                    return
-                self._peers[node] = link
-                self._send(link, waiting)
-                await self._serve_peer(node, link)
-        except* (ConnectionError, AuthenticationError, ValueError) as group:
+            address = self._hosts.get(node)
+            if address is None:
+                raise ConnectionError(f"the node {node} is not in the node table (any more)")
+            link, _ = await open_link(address, self._secret, self._hello(), window, self._nursery)
+        except (ConnectionError, AuthenticationError, ProtocolError, ValueError) as error:
             self._dialling.pop(node, None)
-            for address in self._machines:
-                self.deliver(address, [PeerLost(node, str(group.exceptions[0]))])
+            if node not in self._peers:  # it did not dial us meanwhile
+                self._peer_lost(node, str(error))
+            return
+        await self._serve_peer(node, link)
 
-    async def _dial_head(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _dial_head(self, task_status: trio.TaskStatus[Welcome] = trio.TASK_STATUS_IGNORED) -> None:
         """The link to the head carries what is for placement and the control store; without it a node cannot go on."""
-        async with dial(self._head, self._secret, self._hello()) as (link, welcome):
-            self._peers[""] = self._peers[welcome.node] = link
-            task_status.started()
-            try:
-                await self._serve_peer(welcome.node, link)
-            finally:
-                del self._peers[""]
-                self.head_lost.set()
+        link, welcome = await open_link(
+            self._head, self._secret, self._hello(), lambda *place: self._window(welcome.node, *place), self._nursery
+        )
+        self._peers[""] = link
+        task_status.started(welcome)
+        try:
+            await self._serve_peer(welcome.node, link)
+        finally:
+            del self._peers[""]
+            self.head_lost.set()
 
     def _hello(self) -> Hello:
         return Hello("node", os.getpid(), node=self.info.node, info=self.info)

@@ -6,6 +6,7 @@ its imports and ours go on at the same time.
 
 import gc
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,8 +22,7 @@ INLINE_LIMIT = 100 * 1024
 
 def main() -> None:
     """Read settings from standard input, run the node, end when told to or when the launcher is gone."""
-    line = sys.stdin.buffer.readline()
-    settings = msgspec.json.decode(line, type=NodeSettings)
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=NodeSettings)
     ours, theirs = socket.socketpair()
     template = os.fork()
     if not template:
@@ -32,8 +32,24 @@ def main() -> None:
     try:
         _run(settings, ours)
     except BaseException as error:
-        _say(settings, Ready(error=f"{error}" or type(error).__name__))
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        _say(settings, Ready(error=str(error) or type(error).__name__))
+        if isinstance(error, (OSError, ValueError, StartRefused)):
+            sys.exit(f"trio-ray: the node {settings.node} ends: {error}")
         raise
+    finally:
+        _clean_up(settings)
+
+
+class StartRefused(Exception):
+    """The node cannot be what its settings say."""
+
+
+def _clean_up(settings: NodeSettings) -> None:
+    socket_path(settings).unlink(missing_ok=True)
+    if settings.remove:
+        shutil.rmtree(settings.remove, ignore_errors=True)
 
 
 def socket_path(settings: NodeSettings) -> Path:
@@ -70,28 +86,24 @@ def _be_template(control: socket.socket, settings: NodeSettings) -> None:
 
 
 def _run(settings: NodeSettings, template: socket.socket) -> None:
-    import random
     import time
     from functools import partial
 
     import trio
 
-    from trio_ray.runtime.core.control.store import ControlMachine
     from trio_ray.runtime.core.machine import Machine
-    from trio_ray.runtime.core.messages import PLACEMENT, Address, NodeInfo, control_address
-    from trio_ray.runtime.core.node import NodeConfig, NodeMachine
-    from trio_ray.runtime.core.scheduling.placement import PlacementMachine
-    from trio_ray.runtime.core.scheduling.policies import load
-    from trio_ray.runtime.core.spec import resources
+    from trio_ray.runtime.core.messages import Address
     from trio_ray.runtime.node.arena import SharedArena
     from trio_ray.runtime.node.host import Host
+    from trio_ray.runtime.node.machines import build, describe
     from trio_ray.runtime.node.recording import Recording
     from trio_ray.runtime.transport.addresses import is_loopback
-    from trio_ray.runtime.transport.handshake import Welcome
+    from trio_ray.runtime.transport.handshake import AuthenticationError, Welcome
     from trio_ray.runtime.transport.links import MAX_MESSAGE_BYTES
 
+    sys.path += [path for path in settings.sys_path if path not in sys.path]  # where a user's policy may be
     if not is_loopback(settings.host) and not settings.insecure:
-        raise ValueError(
+        raise StartRefused(
             f"listening on {settings.host} would let other machines connect without encryption; "
             "say --insecure if the network is trusted, or listen on 127.0.0.1"
         )
@@ -100,54 +112,50 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     path.unlink(missing_ok=True)
     unix.bind(str(path))
     unix.listen(256)
-    tcp = socket.create_server((settings.host, settings.port), backlog=256)
-    tcp_address = f"tcp://{settings.host}:{tcp.getsockname()[1]}"
+    try:
+        tcp = socket.create_server((settings.host, settings.port), backlog=256)
+    except OSError as error:
+        raise StartRefused(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another port with --port, or "
+            "0 for any free one"
+        ) from None
+    port = tcp.getsockname()[1]
+    tcp_address = f"tcp://{_reachable(settings)}:{port}"
     arena = SharedArena(settings.store_bytes)
-    info = NodeInfo(
-        settings.node, tcp_address, resources(settings.resources), tuple(sorted(settings.labels.items())), True,
-        settings.store_bytes,
-    )  # fmt: skip
-    machines: dict[Address, Machine] = {}
-    if not settings.head:
-        for shard in range(settings.shards):
-            machines[control_address(shard)] = ControlMachine(shard, settings.shards)
-        machines[PLACEMENT] = PlacementMachine(
-            load(settings.policy), shards=settings.shards, rng=random.Random(settings.seed),
-            infeasible_timeout_s=settings.infeasible_timeout_s,
-        )  # fmt: skip
-    config = NodeConfig(
-        prestart=settings.prestart, heartbeat_s=settings.heartbeat_s, cancel_grace_s=settings.cancel_grace_s
-    )
-    machines[settings.node] = NodeMachine(
-        info, head_shards=settings.shards, config=config, policy=settings.policy, rng=random.Random(settings.seed),
-        load_policy=load,
-    )  # fmt: skip
+    info = describe(settings, tcp_address)
 
-    def welcome(process: Address) -> Welcome:
+    def welcome(process: Address, shares_memory: bool) -> Welcome:
         return Welcome(
-            process, settings.node, arena.path, settings.store_bytes, INLINE_LIMIT, settings.shards,
-            settings.session_dir, time.monotonic(), tuple(settings.sys_path),
+            process, settings.node, arena.path if shares_memory else "", settings.store_bytes, INLINE_LIMIT,
+            settings.shards, settings.session_dir, time.monotonic(), tuple(settings.sys_path), settings.policy,
         )  # fmt: skip
 
-    recording = Recording(Path(settings.record)) if settings.record else None
+    def machines(head: Welcome | None) -> tuple[dict[Address, Machine], Recording | None]:
+        if head is not None:
+            settings.shards, settings.policy = head.shards, head.policy
+        recording = Recording(Path(settings.record), settings, info) if settings.record else None
+        return build(settings, info), recording
+
     host = Host(
-        info, machines, secret=bytes.fromhex(settings.secret), welcome=welcome, arena=arena, head=settings.head,
-        recording=recording,
-    )  # fmt: skip
+        info, machines, secret=bytes.fromhex(settings.secret), welcome=welcome, arena=arena, head=settings.head
+    )
     ready = Ready(node=settings.node, pid=os.getpid(), unix=f"unix:{path}", tcp=tcp_address)
 
     async def websockets(host: Host, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        from trio_websocket import WebSocketRequest, serve_websocket
+        from trio_websocket import ConnectionClosed, WebSocketRequest, serve_websocket
 
         async def handler(request: WebSocketRequest) -> None:
-            await host.serve_websocket(await request.accept())
+            try:
+                await host.serve_websocket(await request.accept())
+            except ConnectionClosed:
+                pass  # before it was one
 
         async with trio.open_nursery() as nursery:
             server = await nursery.start(
                 partial(serve_websocket, max_message_size=MAX_MESSAGE_BYTES), handler, settings.host, settings.ws_port,
                 None,
             )  # fmt: skip
-            ready.ws = f"ws://{settings.host}:{server.port}"
+            ready.ws = f"ws://{_reachable(settings)}:{server.port}"
             task_status.started()
 
     async def until_told() -> None:
@@ -176,11 +184,26 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
 
     try:
         trio.run(until_told)
+    except* AuthenticationError as group:
+        raise StartRefused(f"{settings.head}: {group.exceptions[0]}") from None
     finally:
-        path.unlink(missing_ok=True)
-        if recording is not None:
-            recording.close()
         template.close()
+
+
+def _reachable(settings: NodeSettings) -> str:
+    """By what name others reach this node."""
+    if settings.advertise:
+        return settings.advertise
+    if settings.host not in ("0.0.0.0", "::", ""):
+        return settings.host
+    # Which of this machine's addresses is seen elsewhere: the one from which it would speak to the head, or outwards.
+    target = settings.head.removeprefix("tcp://").rpartition(":")[0] or "192.0.2.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
 
 
 def _up(settings: NodeSettings, ready: Ready) -> None:

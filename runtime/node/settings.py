@@ -20,6 +20,8 @@ class NodeSettings(msgspec.Struct, kw_only=True):
     """Where the head listens (``tcp://host:port``); empty for the head itself."""
     host: str = "127.0.0.1"
     """What to listen on."""
+    advertise: str = ""
+    """The host name or address by which others reach it; empty: found out."""
     port: int = 0
     """For other nodes and remote drivers; 0: any free one."""
     ws_port: int = -1
@@ -27,9 +29,13 @@ class NodeSettings(msgspec.Struct, kw_only=True):
     insecure: bool = False
     """Whether listening beyond loopback without TLS is allowed."""
     policy: str = "bottom-up"
+    """Of the head; other nodes take the head's."""
     shards: int = 1
+    """Of the control store, all on the head; other nodes are told by the head."""
     prestart: int = -1
     seed: int = 0
+    remove: str = ""
+    """A folder to remove at the end: that of a cluster that ends with this node."""
     record: str = ""
     """A file to record every step of this node's machines in."""
     detached: bool = False

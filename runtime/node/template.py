@@ -6,6 +6,7 @@ its control socket it reads ``S <number>`` (start a worker) and writes ``P <numb
 """
 
 import ctypes
+import io
 import os
 import select
 import signal
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def die_with_parent() -> None:
     """Be killed by the kernel when the parent process ends, however it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def run_template(control: socket.socket, run_worker: Callable[[int], None]) -> NoReturn:
@@ -31,6 +33,9 @@ def run_template(control: socket.socket, run_worker: Callable[[int], None]) -> N
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what a task printed is seen even if its worker is killed next
     numbers: dict[int, int] = {}
     pending = b""
     poll = select.poll()
@@ -64,12 +69,14 @@ def _start(
     pid = os.fork()
     if pid:
         numbers[pid] = number
+        _own_group(pid)
         _tell(control, f"P {number} {pid}\n")
         return
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _own_group(0)
         die_with_parent()
         if os.getppid() != parent:
             os._exit(0)
@@ -90,17 +97,36 @@ def _start(
             os._exit(status)
 
 
+def _own_group(pid: int) -> None:
+    # Both the template and the worker itself do it, so that it is done whichever runs first.
+    try:
+        os.setpgid(pid, pid)
+    except OSError:
+        pass  # it has ended already
+
+
 def _reap(control: socket.socket, numbers: dict[int, int]) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if not pid:
+        if ended is None:
             return
+        pid = ended.si_pid
+        _kill_group(pid)  # while it is a zombie, its number cannot be anybody else's
+        _, status = os.waitpid(pid, 0)
         number = numbers.pop(pid, None)
         if number is not None:
             _tell(control, f"X {number} {status}\n")
+
+
+def _kill_group(pid: int) -> None:
+    """End a worker and what processes it started, but for those that took a session of their own."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def _tell(control: socket.socket, line: str) -> None:
@@ -112,8 +138,5 @@ def _tell(control: socket.socket, line: str) -> None:
 
 def _end(numbers: dict[int, int]) -> NoReturn:
     for pid in numbers:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        _kill_group(pid)
     os._exit(0)

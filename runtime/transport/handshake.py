@@ -57,6 +57,8 @@ class Welcome(msgspec.Struct, frozen=True):
     clock: float = 0.0
     """The node's clock now."""
     sys_path: tuple[str, ...] = ()
+    policy: str = ""
+    """The cluster's."""
 
 
 class Greeting(msgspec.Struct, frozen=True, tag=True):
