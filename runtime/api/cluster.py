@@ -163,9 +163,12 @@ class Cluster:
 
 def check_wait(refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
     """Raise for what ``wait`` cannot wait for."""
-    for ref in refs:
-        if not isinstance(ref, ObjectRef):
-            raise TypeError(f"wait() takes a list of ObjectRefs; it was given {ref!r}")
+    # Programs wait for one of a thousand, a thousand times: what looks at every reference is left to C code here.
+    try:
+        b"".join(refs)
+    except TypeError:
+        wrong = next(ref for ref in refs if not isinstance(ref, ObjectRef))
+        raise TypeError(f"wait() takes a list of ObjectRefs; it was given {wrong!r}") from None
     if not refs:
         raise ValueError("wait() was given an empty list; there is nothing to wait for")
     if len(set(refs)) != len(refs):
@@ -185,9 +188,14 @@ def split(
     ready: list[ObjectRef] = []
     rest: list[ObjectRef] = []
     values = session.core.values
+    position = 0
     for ref in refs:
-        if len(ready) < num_returns and values.get(ref) is not None:
+        if values.get(ref) is not None:
             ready.append(ref)
         else:
             rest.append(ref)
+        position += 1
+        if len(ready) == num_returns:
+            break
+    rest += refs[position:]
     return ready, rest

@@ -76,7 +76,9 @@ class Session:
             object_id = task_id + _ZERO
             counts = core.counts
             counts[object_id] = counts.get(object_id, 0) + 1
-            core.values.setdefault(object_id)
+            if object_id not in core.values:
+                core.values[object_id] = None
+                core.expected += 1
             core.out.append(spec)
             self.link.flush_soon()
             return [owned(object_id)]

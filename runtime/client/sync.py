@@ -118,14 +118,16 @@ class SyncConnection:
         return time.monotonic() + self._clock_offset
 
     def flush_soon(self) -> None:
-        """Send when a batch is worth it or nothing was sent lately, else leave it to the pump."""
+        """Send when a batch is worth it, or when the node has nothing else to do; else leave it to the pump."""
         self._buffered += 1
         if self.flush_later is not None:
             if self._buffered >= BATCH:
                 self.flush()
             else:
                 self.flush_later()
-        elif self._buffered >= BATCH or time.monotonic() - self._flushed_at > QUIET_S:
+        elif self._buffered >= BATCH or (
+            self.core.expected <= self._buffered and time.monotonic() - self._flushed_at > QUIET_S
+        ):
             self.flush()
         elif self._asleep:
             self._wake_pump()

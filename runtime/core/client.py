@@ -48,6 +48,8 @@ class Listener(Protocol):
 
 Watcher = Callable[[bytes], None]
 """Called with an object's id."""
+_GONE = Value(b"")
+"""Stands for what was not there."""
 Put = tuple[bytes, bytes, tuple[bytes, ...]]
 Item = TaskSpec | TaskTemplate | Function | Put | AnyMessage
 """What waits to be sent, in order; ``take`` makes batches of neighbours of one kind."""
@@ -81,6 +83,8 @@ class ClientCore:
         """Told of each batch of news: those who wait for many objects."""
         self.error_watchers: dict[Watcher, None] = {}
         """Called with the id of every object that turns out to be an error."""
+        self.expected = 0
+        """Objects the node is to tell of. Threads may miscount it: it is for judging how busy the node is, no more."""
         self.some_elsewhere = False
         """Some object was told to exist without its bytes."""
         self.failure = ""
@@ -98,7 +102,9 @@ class ClientCore:
         """Run a task whose return values are ``returns``; this process holds one reference to each."""
         for object_id in returns:
             self.counts[object_id] = self.counts.get(object_id, 0) + 1
-            self.values.setdefault(object_id)
+            if object_id not in self.values:
+                self.values[object_id] = None
+                self.expected += 1
         self.out.append(spec)
 
     def put(self, object_id: bytes, payload: bytes, contained: tuple[bytes, ...]) -> None:
@@ -135,6 +141,7 @@ class ClientCore:
         if ask:
             fresh: dict[bytes, Value | None] = dict.fromkeys(ask)
             values.update(fresh)
+            self.expected += len(fresh)
             ask = list(fresh)
         if fetch and self.some_elsewhere:
             for wanted in object_ids:
@@ -257,9 +264,11 @@ class ClientCore:
                 counts[object_id] = have - 1
                 continue
             del counts[object_id]
-            self.values.pop(object_id, None)
-            self.owners.pop(object_id, None)
-            self._fetching.discard(object_id)
+            if self.values.pop(object_id, _GONE) is None:
+                self.expected -= 1
+            if self.owners:
+                self.owners.pop(object_id, None)
+                self._fetching.discard(object_id)
             if fresh and object_id in fresh:
                 del fresh[object_id]
             else:
@@ -299,6 +308,8 @@ class ClientCore:
                 self.owners[object_id] = owner
             elif object_id not in values:
                 continue  # its last reference was dropped meanwhile
+            if values[object_id] is None:
+                self.expected -= 1
             values[object_id] = value
             told.append(object_id)
             if value.where == Where.ELSEWHERE:

@@ -67,14 +67,16 @@ class Waiter:
         object_ids, count = self._ids, self._count
         if count == len(object_ids):
             return self._advance()
-        values, fetch, missing = self._core.values, self._fetch, []
-        allowed = len(object_ids) - count
+        values, fetch, there = self._core.values, self._fetch, []
         for object_id in object_ids:
             value = values.get(object_id)
-            if value is None or (fetch and value.where == Where.ELSEWHERE):
-                missing.append(object_id)
-        self._missing = set(missing)
-        return len(missing) <= allowed
+            if value is not None and not (fetch and value.where == Where.ELSEWHERE):
+                there.append(object_id)
+                if len(there) == count:
+                    return True
+        self._missing = set(object_ids)
+        self._missing.difference_update(there)
+        return False
 
     def cancel(self) -> None:
         """Wait no longer; ``callback`` is not called any more."""
