@@ -87,7 +87,8 @@ class Host:
         *, secret: bytes, welcome: Callable[[Address, bool], Welcome], arena: SharedArena, head: str,
     ) -> None:  # fmt: skip
         self.info = info
-        self.head_lost = trio.Event()
+        self.head_lost = False
+        """It ended because its link to the head did."""
         self._build = machines
         """Makes the machines, and the recording if there is to be one, once the head (if another) has been heard."""
         self._machines: dict[Address, Machine] = {}
@@ -134,7 +135,7 @@ class Host:
         self, listeners: list[socket.socket], websockets: Callable[..., Any] | None, template: socket.socket,
         ready: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Serve until cancelled; every link, worker and timer ends with it."""
+        """Serve until ``stop``; every link, worker and timer ends with it."""
         self._pool = WorkerPool(template, self._worker_ended)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -162,6 +163,12 @@ class Host:
                     self._recording.close()
                 for link in [*self._links.values(), *chain.from_iterable(self._peer_links.values())]:
                     link.close()
+
+    def stop(self) -> None:
+        """End, from whatever task."""
+        self._stopping = True
+        self._pool.kill_all()  # before their links close, which they would complain about
+        self._nursery.cancel_scope.cancel()
 
     # -- machines ----------------------------------------------------------------------------------------------
 
@@ -503,7 +510,8 @@ class Host:
             await self._serve_peer(welcome.node, link)
         finally:
             del self._peers[""]
-            self.head_lost.set()
+            self.head_lost = not self._stopping
+            self.stop()
 
     def _hello(self) -> Hello:
         return Hello("node", os.getpid(), node=self.info.node, info=self.info)

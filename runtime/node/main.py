@@ -160,27 +160,25 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
 
     async def until_told() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_on_signal, nursery)
-            nursery.start_soon(_end_when_head_is_lost, host, nursery)
+            nursery.start_soon(_end_on_signal)
             if not settings.detached:
-                nursery.start_soon(_end_with_launcher, nursery)
+                nursery.start_soon(_end_with_launcher)
             serve = websockets if settings.ws_port >= 0 else None
             await host.run([unix, tcp], serve, template, lambda: _up(settings, ready))
+            if host.head_lost and settings.detached:  # else its launcher, who ends the head too, knows
+                print(f"trio-ray: the node {settings.node} ends: it lost the link to the head", file=sys.stderr)
+            nursery.cancel_scope.cancel()
 
-    async def _end_on_signal(nursery: trio.Nursery) -> None:
+    async def _end_on_signal() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for _ in signals:
-                nursery.cancel_scope.cancel()
+                host.stop()
 
-    async def _end_when_head_is_lost(host: Host, nursery: trio.Nursery) -> None:
-        await host.head_lost.wait()
-        nursery.cancel_scope.cancel()
-
-    async def _end_with_launcher(nursery: trio.Nursery) -> None:
+    async def _end_with_launcher() -> None:
         async with trio.lowlevel.FdStream(os.dup(0)) as lifeline:
             while await lifeline.receive_some(1024):
                 pass
-        nursery.cancel_scope.cancel()
+        host.stop()
 
     try:
         trio.run(until_told)

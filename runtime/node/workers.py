@@ -39,6 +39,11 @@ class WorkerPool:
             except ProcessLookupError:
                 pass  # its end is being reported
 
+    def kill_all(self) -> None:
+        """End every worker at once; the template sees to what they started."""
+        for number in list(self.pids):
+            self.stop(number, kill=True)
+
     async def run(self) -> None:
         """Listen to the template until it is gone."""
         pending = b""
