@@ -7,7 +7,7 @@ from typing import Any
 
 import trio
 
-from trio_ray.runtime.api import context, refs
+from trio_ray.runtime.api import refs
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.waiting import SessionWaiting
 from trio_ray.runtime.core.messages import Address
@@ -28,11 +28,11 @@ class RunningWaiting:
 
     def future(self, ref: ObjectRef) -> "Future[Any]":
         """A future of the value."""
-        return SessionWaiting(context.current().session).future(ref)
+        return SessionWaiting().future(ref)
 
     def awaited(self, ref: ObjectRef) -> Generator[Any, Any, Any]:
         """What ``await ref`` runs."""
-        return SessionWaiting(context.current().session).awaited(ref)
+        return SessionWaiting().awaited(ref)
 
 
 class World:

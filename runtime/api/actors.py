@@ -202,6 +202,10 @@ class ActorClass:
         """The plain class."""
         return self._code.target
 
+    @property
+    def __wrapped__(self) -> Any:
+        return self.cls
+
     def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
         """Create an actor; its handle, at once. An error of the constructor shows in its methods' results."""
         context = current()

@@ -67,6 +67,10 @@ class RemoteFunction:
         target: Callable[..., Any] = self._code.target
         return target
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.function
+
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Run it as a task; a reference to its result (a list of them, or None, as ``num_returns`` says)."""
         context = current()

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.errors import RayError, RaySystemError
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.core.waiter import Waiter
@@ -69,14 +70,11 @@ async def value_in_trio(session: "Session", ref: ObjectRef) -> Any:
 
 
 class SessionWaiting:
-    """How references are awaited in a process with a session."""
-
-    def __init__(self, session: "Session") -> None:
-        self._session = session
+    """How references are awaited: through the session of the running task."""
 
     def future(self, ref: ObjectRef) -> "Future[Any]":
         """A future of the object's value, completed by whichever thread reads the news."""
-        session = self._session
+        session = current().session
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
@@ -108,7 +106,7 @@ class SessionWaiting:
         """What ``await ref`` runs."""
         trio = sys.modules.get("trio")
         if trio is not None and trio.lowlevel.in_trio_run():
-            return value_in_trio(self._session, ref).__await__()
+            return value_in_trio(current().session, ref).__await__()
         import asyncio
 
         return asyncio.wrap_future(self.future(ref)).__await__()

@@ -41,7 +41,7 @@ class Driver:
         global _driver
         _driver = self
         refs.bind(self.session.core)
-        refs.wait_with(SessionWaiting(self.session))
+        refs.wait_with(SessionWaiting())
         context.set_process(self.session.root)
 
     def leave(self) -> None:

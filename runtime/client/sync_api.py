@@ -18,13 +18,13 @@ class Decorator(Protocol):
     """What ``remote(num_cpus=2)`` returns."""
 
     @overload
-    def __call__(self, target: type, /) -> ActorClass: ...
+    def __call__(self, target: type, /) -> ActorClass: ...  # type: ignore[overload-overlap]  # classes are callable
     @overload
     def __call__(self, target: Callable[..., Any], /) -> RemoteFunction: ...
 
 
 @overload
-def remote(target: type, /) -> ActorClass: ...
+def remote(target: type, /) -> ActorClass: ...  # type: ignore[overload-overlap]  # classes are callable
 @overload
 def remote(target: Callable[..., Any], /) -> RemoteFunction: ...
 @overload

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from trio_ray.runtime.api import context
+from trio_ray.runtime.api.execute import arguments, failure, outputs
 from trio_ray.runtime.client.trio_reader import read_in_trio
 from trio_ray.runtime.core.messages import Output, Status, TaskResult
 from trio_ray.runtime.core.spec import Kind, TaskSpec
@@ -83,17 +84,17 @@ class AsyncCalls:
             self._scopes[spec.task_id] = scope
             try:
                 value: Any = executor.target(template)
-                args, kwargs = executor.arguments(spec, inputs)
+                args, kwargs = arguments(self._connection, spec, inputs)
                 value = value(*args, **kwargs)
                 if inspect.iscoroutine(value):
                     value = await value
                 if template.kind == Kind.ACTOR_CREATION:
                     executor.instance, value = value, None
                 del args, kwargs
-                made = executor.outputs(spec, template, value)
+                made = outputs(self._connection, spec, template, value)
                 del value
             except Exception as error:
-                status, made = executor.failure(template, error)
+                status, made = failure(template, error, executor.place)
         del self._scopes[spec.task_id]
         if scope.cancelled_caught:
             status, made = Status.CANCELLED, ()

@@ -6,13 +6,13 @@ import sys
 import threading
 
 from trio_ray.runtime.api.session import Session
-from trio_ray.runtime.client.sync import SyncConnection
+from trio_ray.runtime.client.sync import INTERRUPTED, SyncConnection
 from trio_ray.runtime.core.messages import AnyMessage, TaskResult
 from trio_ray.runtime.core.spec import TaskSpec
 from trio_ray.runtime.core.worker import Inputs, WorkerCore
 from trio_ray.runtime.transport.blocking import BlockingLink
 
-_NODE_LOST = 75
+NODE_LOST = 75
 """Exit code of a worker whose node is gone."""
 
 
@@ -127,8 +127,9 @@ class WorkerConnection(SyncConnection):
                 raise KeyboardInterrupt
 
     def _lost(self, reason: str) -> None:
-        print(f"worker process {os.getpid()} ends: {reason}", file=sys.stderr, flush=True)
-        os._exit(_NODE_LOST)
+        if reason == INTERRUPTED:
+            print(f"worker process {os.getpid()} ends: {reason}", file=sys.stderr, flush=True)
+        os._exit(NODE_LOST)
 
 
 class WorkerSession(Session):

@@ -13,16 +13,19 @@ from trio_ray.runtime.client.sync import connect
 from trio_ray.runtime.core.messages import Status
 from trio_ray.runtime.core.spec import Kind
 from trio_ray.runtime.transport.handshake import Hello
-from trio_ray.runtime.worker.connection import WorkerConnection, WorkerSession
+from trio_ray.runtime.worker.connection import NODE_LOST, WorkerConnection, WorkerSession
 from trio_ray.runtime.worker.execute import Executor
 
 
 def run_worker(address: str, secret: bytes, number: int) -> None:
     """The whole life of worker ``number`` of the node at ``address``."""
-    connection = connect(WorkerConnection, address, secret, Hello("worker", os.getpid(), number))
+    try:
+        connection = connect(WorkerConnection, address, secret, Hello("worker", os.getpid(), number))
+    except ConnectionError:  # the node ended meanwhile
+        sys.exit(NODE_LOST)
     session = WorkerSession(connection)
     refs.bind(connection.core)
-    refs.wait_with(SessionWaiting(session))
+    refs.wait_with(SessionWaiting())
     context.set_process(session.root)
     for path in connection.welcome.sys_path:
         if path not in sys.path:
