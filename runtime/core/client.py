@@ -116,6 +116,8 @@ class ClientCore:
         """This process put an object and holds one reference, which the node knows of."""
         self.counts[object_id] = self.counts.get(object_id, 0) + 1
         self.values[object_id] = value
+        if value.where == Where.ELSEWHERE:
+            self.some_elsewhere = True
 
     def send(self, item: Item) -> None:
         """Anything else, after what was sent before; a template or function goes before its first task."""
