@@ -20,6 +20,10 @@ from trio_ray.runtime.core.worker import Inputs
 from trio_ray.runtime.worker.execute import Executor
 
 
+TURN_S = 0.001
+"""How long calls may follow each other in one Trio task before others get their turn."""
+
+
 class AsyncCalls:
     """The async calls that run in this process."""
 
@@ -27,6 +31,10 @@ class AsyncCalls:
         self._executor = executor
         self._connection = executor.connection
         self._free = concurrency
+        self._runners: list[trio.lowlevel.Task] = []
+        """Idle tasks that run calls; making one for each call would cost as much as the rest of the call."""
+        self._woken = False
+        """A runner was told that there is something to begin, and has not looked yet."""
         self._scopes: dict[bytes, trio.CancelScope] = {}
         self._nursery: trio.Nursery
 
@@ -50,12 +58,12 @@ class AsyncCalls:
 
     def _begin(self) -> None:
         """Begin what may begin, and end what is to end."""
-        while self._free:
-            entry = self._connection.next()
-            if entry is None:
-                break
-            self._free -= 1
-            self._nursery.start_soon(self._call, *entry)
+        if self._free and self._connection.worker.queue and not self._woken:
+            self._woken = True
+            if self._runners:
+                trio.lowlevel.reschedule(self._runners.pop())
+            else:
+                self._nursery.start_soon(self._run_calls)
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -64,11 +72,27 @@ class AsyncCalls:
             if scope is not None:
                 scope.cancel()
 
-    async def _call(self, spec: TaskSpec, inputs: Inputs) -> None:
-        await self.run(spec, inputs)
-        self._free += 1
-        if self._connection.worker.queue:
+    async def _run_calls(self) -> None:
+        """Run calls, one after the other. Another runner goes on with the next ones while this one's call waits."""
+        checked_at = time.monotonic()
+        while True:
+            self._woken = False
+            entry = self._connection.next() if self._free else None
+            if entry is None:
+                self._runners.append(trio.lowlevel.current_task())
+                await trio.lowlevel.wait_task_rescheduled(self._leave)
+                continue
+            self._free -= 1
             self._begin()
+            await self.run(*entry)
+            del entry
+            self._free += 1
+            if time.monotonic() - checked_at > TURN_S:  # calls that never wait must not keep the others from running
+                await trio.lowlevel.checkpoint()
+                checked_at = time.monotonic()
+
+    def _leave(self, _: object) -> trio.lowlevel.Abort:
+        return trio.lowlevel.Abort.SUCCEEDED
 
     async def run(self, spec: TaskSpec, inputs: Inputs) -> None:
         """Run a task from beginning to end, and report its result."""
