@@ -55,8 +55,8 @@ class Modelled:
 class Job:
     """A task that the worker has begun."""
 
-    __slots__ = ("begun_at", "body", "cancelled", "duration_s", "inputs", "scope", "spec", "strand", "template",
-                 "timed")  # fmt: skip
+    __slots__ = ("begun_at", "body", "called_at", "cancelled", "duration_s", "inputs", "scope", "spec", "strand",
+                 "template", "timed")  # fmt: skip
 
     def __init__(self, spec: TaskSpec, inputs: Inputs, template: TaskTemplate, body: Body) -> None:
         self.spec = spec
@@ -65,6 +65,8 @@ class Job:
         self.body = body
         self.begun_at = 0.0
         self.duration_s = 0.0
+        self.called_at = 0.0
+        """When its time was over."""
         self.timed = False
         """Its time is passing: it counts as running."""
         self.cancelled = False
@@ -89,6 +91,8 @@ class SimulatedWorker(SimulatedLink):
         """Tasks that may run at once."""
         self._jobs: dict[bytes, Job] = {}
         """Begun and not done."""
+        self._due = False
+        """Results are to be sent when the functions whose time is over have all been called."""
         self._job: Job | None = None
         """Whose function is being called now, on a strand."""
         self._rest: deque[Job] = deque()
@@ -120,6 +124,7 @@ class SimulatedWorker(SimulatedLink):
 
     def flush(self) -> None:
         """Send what was added and what is done."""
+        self._due = False
         if not self.closed and self.worker.pending:
             self.send(self.worker.take())
 
@@ -143,9 +148,11 @@ class SimulatedWorker(SimulatedLink):
     # -- beginning tasks ---------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        """Begin what can be begun."""
+        """Send results that are due, and begin what can be begun."""
         if self.closed:
             return
+        if self._due:
+            self.flush()
         if self._slots > 1:
             while self.worker.queue and len(self._jobs) < self._slots:
                 self._begin([self._next()])
@@ -201,6 +208,7 @@ class SimulatedWorker(SimulatedLink):
         for job in event.value:
             self._stop_timing(job)
             if not job.cancelled:
+                job.called_at = self.engine.env.now
                 jobs.append(job)
         if not self.closed:
             self._call_all(jobs)
@@ -223,6 +231,8 @@ class SimulatedWorker(SimulatedLink):
                     return
             elif body.is_async:
                 jobs.popleft()
+                if self._due:
+                    self.flush()
                 self.world.spawn(partial(self._run_async, job, jobs))
                 return
             elif body.leaf:
@@ -283,7 +293,7 @@ class SimulatedWorker(SimulatedLink):
         status = Status.OK
         try:
             args, kwargs = arguments(self, job.spec, job.inputs)
-            made = outputs(self, job.spec, job.template, job.body.target(*args, **kwargs))
+            made = outputs(self, job.spec, job.template, self._target(job)(*args, **kwargs))
         except Exception as error:
             status, made = failure(job.template, _users(error), self._place)
         self._done(job, None, status, made)
@@ -435,11 +445,11 @@ class SimulatedWorker(SimulatedLink):
             if not spawned and not next(task.puts):
                 self.world.register.childless(task)
         now = self.engine.env.now
-        result = TaskResult(spec.task_id, status, made, job.begun_at, max(job.duration_s, now - job.begun_at), spawned)
+        duration = job.duration_s + now - job.called_at if job.called_at else now - job.begun_at
+        result = TaskResult(spec.task_id, status, made, job.begun_at, duration, spawned)
         if job.template.kind == Kind.ACTOR_CREATION and status == Status.OK:
             self._slots = job.template.max_concurrency
-        if self.worker.done(result, now):
-            self.flush()
+        self._due = self.worker.done(result, now) or self._due
 
     def _interrupt(self, task_id: bytes) -> None:
         """The node wants a task ended that has been begun."""

@@ -104,7 +104,8 @@ def load_workload(name: str, given: Mapping[str, str] | None = None) -> tuple[Ma
     main = names.get(attribute)
     if main is None:
         found = ", ".join(sorted(key for key, value in names.items() if inspect.iscoroutinefunction(value)))
-        raise WorkloadError(f"{place} has no {attribute!r}" + (f"; its coroutine functions are {found}" if found else ""))
+        there = f"; its coroutine functions are {found}" if found else ""
+        raise WorkloadError(f"{place} has no {attribute!r}{there}")
     if not inspect.iscoroutinefunction(main):
         raise WorkloadError(f"{name} is no coroutine function: write `async def {attribute}(cluster): ...`")
     if given:

@@ -239,6 +239,17 @@ def test_actors_keep_their_state_and_order() -> None:
     assert report.makespan_s > 0.05
 
 
+def test_a_method_that_only_computes() -> None:
+    class Doubler:
+        def double(self, x: int) -> int:
+            return 2 * x
+
+    async def main(cluster: Cluster) -> int:
+        return int(await cluster.actor(Doubler).double.remote(4))
+
+    assert simulate.run(main).result == 8
+
+
 def test_a_modelled_actor_needs_no_object() -> None:
     async def main(cluster: Cluster) -> list[Any]:
         counter = remote_counter.remote()
