@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from trio_ray.runtime.node.settings import NodeSettings, Ready
+from trio_ray.runtime.transport.handshake import AuthenticationError
 
 INLINE_LIMIT = 100 * 1024
 """Bytes up to which results and arguments travel in messages (DESIGN section 4)."""
@@ -34,8 +35,9 @@ def main() -> None:
     except BaseException as error:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
+        starting = settings.ready_fd >= 0
         _say(settings, Ready(error=str(error) or type(error).__name__))
-        if isinstance(error, (OSError, ValueError, StartRefused)):
+        if starting and isinstance(error, (OSError, ValueError, AuthenticationError, StartRefused)):
             sys.exit(f"trio-ray: the node {settings.node} ends: {error}")
         raise
     finally:
@@ -58,12 +60,16 @@ def socket_path(settings: NodeSettings) -> Path:
 
 
 def _say(settings: NodeSettings, ready: Ready) -> None:
+    """Tell the launcher, once."""
+    fd, settings.ready_fd = settings.ready_fd, -1
+    if fd < 0:
+        return
     try:
-        os.write(settings.ready_fd, msgspec.json.encode(ready) + b"\n")
-        if settings.ready_fd > 2:
-            os.close(settings.ready_fd)
+        os.write(fd, msgspec.json.encode(ready) + b"\n")
+        if fd > 2:
+            os.close(fd)
     except OSError:
-        pass  # said already, or the launcher is gone
+        pass  # the launcher is gone
 
 
 def _be_template(control: socket.socket, settings: NodeSettings) -> None:
@@ -98,7 +104,7 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
     from trio_ray.runtime.node.machines import build, describe
     from trio_ray.runtime.node.recording import Recording
     from trio_ray.runtime.transport.addresses import is_loopback
-    from trio_ray.runtime.transport.handshake import AuthenticationError, Welcome
+    from trio_ray.runtime.transport.handshake import Welcome
     from trio_ray.runtime.transport.links import MAX_MESSAGE_BYTES
 
     sys.path += [path for path in settings.sys_path if path not in sys.path]  # where a user's policy may be
@@ -182,8 +188,6 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
 
     try:
         trio.run(until_told)
-    except* AuthenticationError as group:
-        raise StartRefused(f"{settings.head}: {group.exceptions[0]}") from None
     finally:
         template.close()
 

@@ -39,7 +39,7 @@ MAX_QUEUED_BYTES = 2 << 30
 """More than this is not kept for a peer that does not read."""
 MAX_MESSAGE_BYTES = 2 * CHUNK_BYTES
 """Of a WebSocket message; frames that are longer span several."""
-GOODBYE_S = 0.5
+GOODBYE_S = 0.2
 """How long the end of a WebSocket may take."""
 MAX_IN_A_ROW = 8
 """Reads without a pause for other tasks."""
@@ -424,14 +424,14 @@ async def dial(
             link, welcome = await _dial(where, secret, hello, window, readers, writers)
         except (ConnectionError, AuthenticationError, ProtocolError) as error:
             failure = error  # raised below: a nursery would wrap it in a group
-            readers.cancel_scope.cancel()
         else:
             try:
                 yield link, welcome
             finally:
                 link.close()
-                writers.cancel_scope.cancel()  # a writer says goodbye first, which takes its reader
-                readers.cancel_scope.deadline = trio.current_time() + GOODBYE_S
+        # A writer says goodbye first, which takes its reader.
+        writers.cancel_scope.cancel()
+        readers.cancel_scope.deadline = trio.current_time() + GOODBYE_S
     if failure is not None:
         raise failure
 
