@@ -6,6 +6,7 @@ numbers are enough to swing the pendulum up and hold it there.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,12 @@ def make_environment() -> Any:
             "this needs Gymnasium for its Pendulum-v1, which is not installed; run `pip install 'trio-ray[rl]'`"
         ) from None
     return gymnasium.make("Pendulum-v1", disable_env_checker=True).unwrapped
+
+
+@cache
+def environment() -> Any:
+    """This process's own environment, made when it is first needed. Raises ``GymnasiumMissing``."""
+    return make_environment()
 
 
 def episode(environment: Any, weights: Sequence[float], seed: int, steps: int = EPISODE_STEPS) -> float:

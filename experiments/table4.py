@@ -10,7 +10,6 @@ paper gives for its simulation tasks elsewhere (section 5.3).
 
 import time
 from datetime import UTC, datetime
-from functools import cache
 from random import Random
 from typing import Any
 
@@ -19,7 +18,7 @@ import trio
 
 import trio_ray
 from trio_ray.experiments.paper import published
-from trio_ray.experiments.pendulum import episode, make_environment
+from trio_ray.experiments.pendulum import environment, episode
 from trio_ray.experiments.registry import Options, Progress
 from trio_ray.experiments.results import Point, Result, command_line, machine_facts, point
 
@@ -34,9 +33,6 @@ CPUS_PER_NODE = 64
 """Of the simulated nodes; the paper's (m4.16xlarge) have as many."""
 WEIGHTS = (-5.0, -6.0, -1.0, -3.0, -4.0, -1.0, 2.0, 1.0)
 """Of the policy that is run; any does, a step costs the same whatever the torque."""
-
-environment = cache(make_environment)
-"""One for each process."""
 
 
 @trio_ray.remote
@@ -166,7 +162,7 @@ def simulated(
         cpus=min(cpus, CPUS_PER_NODE),
         policy=options.policy,
         profile=options.profile,
-        costs={simulate_pendulum: simulate.model(simulate.Samples(seconds), result=(0, 0.0))},
+        costs={simulate_pendulum: simulate.model(simulate.Samples(seconds.tolist()), result=(0, 0.0))},
         seed=options.seed,
     )
     steps = RUNS_PER_CPU * cpus * mean_steps

@@ -73,7 +73,6 @@ def create_policy(seed: int) -> Policy:
     return Policy(mean=0.1 * rng.standard_normal(WEIGHTS), spread=np.full(WEIGHTS, 3.0))
 
 
-@trio_ray.remote(num_cpus=1)
 class Simulator:
     """An environment that stays loaded between rollouts."""
 
@@ -98,9 +97,11 @@ class Simulator:
         return Rollout(candidates, rewards, time.thread_time() - began)
 
 
-@trio_ray.remote(num_cpus=0)
-def update_policy(policy: Policy, plan: Plan, *rollouts: Rollout) -> Policy:
-    """The next policy: the mean and spread of the best candidates. (The paper gives this task the GPUs.)"""
+simulator_class = trio_ray.remote(num_cpus=1)(Simulator)
+
+
+def next_policy(policy: Policy, plan: Plan, *rollouts: Rollout) -> Policy:
+    """The mean and spread of the best candidates."""
     candidates = np.concatenate([rollout.candidates for rollout in rollouts])
     rewards = np.concatenate([rollout.rewards for rollout in rollouts])
     best = candidates[np.argsort(-rewards)[: max(2, round(ELITE * len(rewards)))]]
@@ -114,6 +115,11 @@ def update_policy(policy: Policy, plan: Plan, *rollouts: Rollout) -> Policy:
 
 
 @trio_ray.remote(num_cpus=0)
+def update_policy(policy: Policy, plan: Plan, *rollouts: Rollout) -> Policy:
+    """Improve the policy. (The paper gives this task the GPUs.)"""
+    return next_policy(policy, plan, *rollouts)
+
+
 class Board:
     """Where the rewards can be read while the training runs."""
 
@@ -129,11 +135,14 @@ class Board:
         return self.shown
 
 
+board_class = trio_ray.remote(num_cpus=0)(Board)
+
+
 @trio_ray.remote(num_cpus=0)
 async def train_policy(plan: Plan, board: Any = None) -> Policy:
     """The program of the paper's figure 3; ``board``, if given, is told of each policy as it is made."""
     policy = create_policy.remote(plan.seed)
-    simulators = [Simulator.remote(number, plan) for number in range(plan.simulators)]
+    simulators = [simulator_class.remote(number, plan) for number in range(plan.simulators)]
     for iteration in range(plan.iterations):
         rollouts = [simulator.rollout.remote(policy, iteration) for simulator in simulators]
         policy = update_policy.remote(policy, plan, *rollouts)

@@ -17,13 +17,14 @@ from trio_ray.experiments.pendulum import WEIGHTS, make_environment
 from trio_ray.experiments.registry import Options, Progress
 from trio_ray.experiments.results import Point, Result, command_line, machine_facts, point
 from trio_ray.experiments.training import (
-    Board,
     Plan,
     Policy,
     Rollout,
-    Simulator,
+    board_class,
     create_policy,
     main,
+    next_policy,
+    simulator_class,
     train_policy,
     update_policy,
 )
@@ -64,7 +65,7 @@ async def train(plan: Plan, policy: str, on_reward: OnReward) -> Trained:
     began = time.monotonic()
     async with trio_ray.open_cluster(nodes=NODES, num_cpus=CPUS, policy=policy) as cluster:
         started = time.monotonic()
-        board = Board.remote()
+        board = board_class.remote()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch, board, plan.iterations, on_reward)
             trained = await main(cluster, plan, board)
@@ -91,11 +92,10 @@ def update_seconds(simulators: int, plan: Plan) -> float:
         Rollout(rng.standard_normal((plan.candidates, WEIGHTS)), rng.standard_normal(plan.candidates), 0.0)
         for _ in range(simulators)
     ]
-    function: Callable[..., Policy] = update_policy.__wrapped__
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        function(policy, plan, *rollouts)
+        next_policy(policy, plan, *rollouts)
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 
@@ -125,7 +125,7 @@ def simulate_training(cpus: int, trained: Trained, options: Options) -> float:
         profile=options.profile,
         costs={
             create_policy: simulate.model(0.0001),
-            Simulator: simulate.model(environment_seconds()),
+            simulator_class: simulate.model(environment_seconds()),
             "Simulator.rollout": simulate.model(
                 simulate.Samples(trained.policy.rollout_s), size_bytes=ROLLOUT_BYTES
             ),

@@ -23,7 +23,7 @@ def draw(result: Result) -> Figure:
         left.plot([0, last], [0, each * last * millions], color=FAINT, linewidth=1, label="linear", zorder=1)
     left.set_ylabel("million tasks per second")
     right.set_ylabel("thousand tasks per second")
-    few = [point for point in result.points if point.world != "paper" and point.x <= 10]
+    few = [point for point in result.points if point.world != "paper" and point.x <= 3]
     if few:
         right.set_xlim(0, max(point.x for point in few) * 1.05)
         right.set_ylim(0, max(point.y for point in few) * thousands * 1.15)

@@ -1,9 +1,11 @@
 """One look for all figures: worlds are told apart by marker and line, series by colour."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from trio_ray.experiments.results import Point, Result
 
@@ -11,7 +13,7 @@ COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c4554d")
 INK = "#37352f"
 FAINT = "#b8b5ae"
 
-_LOOK = {
+_LOOK: dict[str, dict[str, Any]] = {
     "measured": {"marker": "o", "linestyle": "-", "markersize": 8, "linewidth": 1.8, "zorder": 4},
     "simulated": {"marker": "s", "linestyle": "--", "markersize": 4.5, "linewidth": 1.4, "zorder": 3},
     "paper": {"marker": "x", "linestyle": ":", "markersize": 7, "linewidth": 1.2, "zorder": 2, "alpha": 0.75},
@@ -20,7 +22,8 @@ _LOOK = {
 
 def new_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     """A figure with ``panels`` axes side by side."""
-    figure = Figure(figsize=(6.2 * panels, 4.6), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(rect=(0, 0.03, 1, 0.97))  # room for the line at the foot
+    figure = Figure(figsize=(6.2 * panels, 4.6), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=13, color=INK)
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     for one in axes:
@@ -58,7 +61,6 @@ def finish(figure: Figure, axes: Sequence[Axes], result: Result) -> Figure:
         f"measured on {machine.get('cores', '?')} cores of {machine.get('processor', '?')}; {result.started_at[:10]}",
         ha="right", va="bottom", fontsize=6.5, color=FAINT,
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr]
     return figure
 
 
