@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from trio_ray.runtime.api import errors as exceptions
+from trio_ray import exceptions
 from trio_ray.runtime.api.actors import ActorClass, ActorHandle, get_actor, method
 from trio_ray.runtime.api.nursery import Nursery, open_nursery, task_scope
 from trio_ray.runtime.api.refs import ObjectRef
