@@ -92,7 +92,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     prestart: int = -1
     """Worker processes to start at once; -1: one a CPU."""
-    write_behind_s: float = 0.1
+    write_behind_s: float = 0.5
     """How long lineage and events may wait before they go to the control store in a batch."""
     heartbeat_s: float = 0.1
     """How often load is told at most; a fifth as often when nothing changes."""

@@ -79,6 +79,27 @@ class Window:
         self.left = size
 
 
+class FlushBeforeWaiting(trio.abc.Instrument):
+    """Sends what the machines decided once all that arrived in one round of Trio's loop has been handled.
+
+    When several workers report at once, each process that waits for some of it gets one frame rather than one from each
+    of them, at no cost in time: the hook runs right after the tasks of the round.
+    """
+
+    def __init__(self, flush: Callable[[], bool]) -> None:
+        self._flush = flush
+        self._token = trio.lowlevel.current_trio_token()
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Trio has nothing else to run now. What the flush wakes must not wait for the next I/O."""
+        if self._flush():
+            self._token.run_sync_soon(_nothing, idempotent=True)
+
+
+def _nothing() -> None:
+    pass
+
+
 class Host:
     """One node process: machines, links, timers, workers, the arena."""
 
@@ -139,6 +160,8 @@ class Host:
         self._pool = WorkerPool(template, self._worker_ended)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            flusher = FlushBeforeWaiting(self._flush)
+            trio.lowlevel.add_instrument(flusher)
             try:
                 nursery.start_soon(self._pool.run)
                 nursery.start_soon(self._run_timers)
@@ -159,6 +182,7 @@ class Host:
                 await trio.sleep_forever()
             finally:
                 self._stopping = True
+                trio.lowlevel.remove_instrument(flusher)
                 if self._recording is not None:
                     self._recording.close()
                 for link in [*self._links.values(), *chain.from_iterable(self._peer_links.values())]:
@@ -195,7 +219,6 @@ class Host:
                 if self._recording is not None:
                     self._recording.write(to, now, events, effects)
                 self._carry_out(to, effects)
-            self._flush()
         finally:
             self._running = False
 
@@ -235,24 +258,30 @@ class Host:
             else:
                 self._hosts.pop(info.node, None)
 
-    def _flush(self) -> None:
+    def _flush(self) -> bool:
+        """Send what waits to be sent; True if that woke a task."""
+        woke = False
         if self._to_process:
             batches, self._to_process = self._to_process, {}
             for process, messages in batches.items():
                 link = self._links.get(process)
                 if link is not None:
                     self._send(link, messages)
+                    woke = woke or link.blocked
         if self._to_node:
             envelopes, self._to_node = self._to_node, {}
             for node, batch in envelopes.items():
                 peer = self._peers.get(node)
                 if peer is not None:
                     self._send(peer, batch)
+                    woke = woke or peer.blocked
                 elif node in self._dialling:
                     self._dialling[node] += batch
                 elif node:
                     self._dialling[node] = batch
                     self._nursery.start_soon(self._dial_peer, node)
+                    woke = True
+        return woke
 
     def _send(self, link: Link, batch: list[Any]) -> None:
         body = self._encode(batch)

@@ -109,6 +109,11 @@ class Link(ABC):
     def _kick(self) -> None:
         self._wake.set()
 
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for the writer task."""
+        return True
+
     def _window(self, transfer: int, position: int, size: int) -> memoryview | None:
         return self.window(transfer, position, size)
 
@@ -160,6 +165,10 @@ class SocketLink(Link):
 
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
+
+    @property
+    def blocked(self) -> bool:
+        return self._blocked or self.closed
 
     def _kick(self) -> None:
         if not self._blocked:
