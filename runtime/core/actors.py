@@ -234,9 +234,11 @@ class Actors:
             ActorInfo(info.actor_id, info.name, info.class_name, state, "", info.owner, reason)
         )
 
-    def flush(self, effects: list[AnyEffect]) -> None:
-        """Send what this step decided."""
+    def flush(self, effects: list[AnyEffect], export: Callable[[TaskEntry], None]) -> None:
+        """Send what this step decided; ``export`` is told of each call that leaves the node."""
         for node, tasks in self._calls.items():
+            for task in tasks:
+                export(task)
             templates: dict[bytes, TaskTemplate] = {task.spec.template: task.template.template for task in tasks}
             effects.append(Send(node, CallActors(self._node, [task.spec for task in tasks], list(templates.values()))))
         self._calls.clear()

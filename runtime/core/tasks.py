@@ -641,7 +641,7 @@ class Tasks:
                 templates = {task.spec.template: task.template.template for task in forward}
                 specs = [task.spec for task in forward]
                 effects.append(Send(PLACEMENT, PlaceTasks(specs, list(templates.values()))))
-        self.actors.flush(effects)
+        self.actors.flush(effects, self.export)
         if self.ready:
             for process, values in self.ready.items():
                 if process in self.processes:
