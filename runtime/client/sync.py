@@ -27,9 +27,10 @@ from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.client.memory import SharedMemory
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, AnyMessage, CreateFailed, ObjectCreated, Value, Where
+from trio_ray.runtime.core.split import halves
 from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.runtime.transport.blocking import BlockingLink
-from trio_ray.runtime.transport.frames import CHUNK_BYTES
+from trio_ray.runtime.transport.frames import CHUNK_BYTES, ProtocolError
 from trio_ray.runtime.transport.handshake import Hello
 
 BATCH = 128
@@ -145,13 +146,20 @@ class SyncConnection:
             if messages:
                 self._flushed_at = time.monotonic()
                 try:
-                    self._link.send(messages)
+                    self._send(messages)
                 except (ConnectionError, ValueError) as error:
                     self._half_sent = False
                     self._lost(str(error))
             self._half_sent = False
         if self.core.failure:
             raise RaySystemError(self.core.failure)
+
+    def _send(self, messages: list[AnyMessage]) -> None:
+        try:
+            self._link.send(messages)
+        except ProtocolError:  # too much for one frame; nothing of it has been sent
+            for half in halves(messages):
+                self._send(half)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
