@@ -397,7 +397,9 @@ class Host:
                 listener = Listener(self._secret)
                 try:
                     hello = await receive_hello(link, listener)
-                except (AuthenticationError, ProtocolError, LinkClosed, trio.TooSlowError) as error:
+                except LinkClosed:
+                    return
+                except (AuthenticationError, ProtocolError, trio.TooSlowError) as error:
                     why = str(error) or "the peer did not complete the handshake"
                     print(f"trio-ray: a connection was refused: {why}", file=sys.stderr)
                     return

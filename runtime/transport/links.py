@@ -258,6 +258,8 @@ class SocketLink(Link):
                 continue
             except trio.ClosedResourceError:
                 raise LinkClosed(self.failure) from None
+            except ConnectionResetError:  # the peer ended with something of ours unread
+                raise LinkClosed(self.failure) from None
             except OSError as error:
                 raise LinkClosed(self.failure if self.closed else str(error.strerror)) from None
             if not count:
