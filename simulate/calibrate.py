@@ -34,8 +34,8 @@ from trio_ray.runtime.core.node import NodeMachine
 from trio_ray.simulate.cluster import ClusterSpec
 from trio_ray.simulate.costs import TaskCosts
 from trio_ray.simulate.engine import Engine, Frame
-from trio_ray.simulate.execute import SimulatedSession
 from trio_ray.simulate.facts import facts_of
+from trio_ray.simulate.functions import SimulatedSession
 from trio_ray.simulate.profile import KindCost, Profile
 from trio_ray.simulate.world import World
 

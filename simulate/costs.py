@@ -221,8 +221,4 @@ class TaskCosts:
 
 def undecorated(function: object) -> object:
     """The plain function or class behind ``@remote``; anything else unchanged."""
-    if isinstance(function, RemoteFunction):
-        return function.function
-    if isinstance(function, ActorClass):
-        return function.cls
-    return function
+    return function.__wrapped__ if isinstance(function, RemoteFunction | ActorClass) else function

@@ -159,6 +159,11 @@ class Host:
         """CPU seconds the node process has spent until now."""
         return self._busy_s - max(0.0, self._busy_until - self.engine.now)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way or waits to begin."""
+        return bool(self._inbox) or self._busy_until > self.engine.now
+
     def start(self) -> None:
         """Start the machines and the SimPy process."""
         now = self.engine.env.now
@@ -445,7 +450,11 @@ class Engine:
             host.start()
         quiet = QUIET_S + 8 * max(group.latency_s for group in self.cluster.groups)
         env = self.env
-        while self.starting or env.peek() <= self.progress_at + quiet:
+        while True:
+            while self.starting or env.peek() <= self.progress_at + quiet:
+                env.step()
+            if not any(host.busy for host in self.hosts):
+                break
             env.step()
         self.progress_at = self.now
 

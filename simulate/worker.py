@@ -16,6 +16,7 @@ import trio
 from trio_ray.runtime.api import context
 from trio_ray.runtime.api.actors import READY
 from trio_ray.runtime.api.errors import ObjectStoreFullError
+from trio_ray.runtime.api.execute import arguments, failure, outputs
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.messages import (
     Address,
@@ -32,13 +33,10 @@ from trio_ray.runtime.core.messages import (
 from trio_ray.runtime.core.spec import Kind, Resources, TaskSpec, TaskTemplate
 from trio_ray.runtime.core.worker import FLUSH_S, Inputs, WorkerCore
 from trio_ray.simulate.engine import Host, SimulationError
-from trio_ray.simulate.execute import (
+from trio_ray.simulate.functions import (
     Body,
     WorkerSession,
-    arguments,
-    failure,
     model_payloads,
-    outputs,
 )
 from trio_ray.simulate.link import Pin, SimulatedLink
 from trio_ray.simulate.network import after

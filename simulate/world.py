@@ -1,38 +1,23 @@
 """Everything one simulation shares: the engine, the program's functions, references, strands, coroutines."""
 
-from collections.abc import Awaitable, Callable, Generator, Iterator
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import trio
 
 from trio_ray.runtime.api import refs
-from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.waiting import SessionWaiting
 from trio_ray.runtime.core.messages import Address
 from trio_ray.runtime.core.node import NodeConfig
 from trio_ray.simulate.cluster import ClusterSpec
 from trio_ray.simulate.costs import TaskCosts
 from trio_ray.simulate.engine import Engine, Host
-from trio_ray.simulate.execute import Functions, SimulatedSession
+from trio_ray.simulate.functions import Functions, SimulatedSession
 from trio_ray.simulate.link import DriverLink
 from trio_ray.simulate.profile import Profile
 from trio_ray.simulate.references import Register
 from trio_ray.simulate.strand import Strands
 from trio_ray.simulate.worker import SimulatedWorker
-
-
-class RunningWaiting:
-    """``await ref`` for whichever simulated process runs."""
-
-    def future(self, ref: ObjectRef) -> "Future[Any]":
-        """A future of the value."""
-        return SessionWaiting().future(ref)
-
-    def awaited(self, ref: ObjectRef) -> Generator[Any, Any, Any]:
-        """What ``await ref`` runs."""
-        return SessionWaiting().awaited(ref)
 
 
 class World:
@@ -60,7 +45,7 @@ class World:
         before = refs._made, refs._dropped, refs._wake, refs.waiting
         refs.bind(self.register)
         refs.wake_with(None)
-        refs.wait_with(RunningWaiting())
+        refs.wait_with(SessionWaiting())
         try:
             yield
         finally:

@@ -1,35 +1,29 @@
-"""Running a task's function in the simulator: its arguments in, its outputs out.
+"""The functions of a simulated program, and the sessions that know them.
 
-What a real worker does around a call, without processes: the function object comes from the simulation's own table
-(``Functions``) rather than out of a pickle, arguments and results are serialized as ever.
+Functions come from the simulation's own table rather than out of a pickle; arguments and results are serialized as
+ever. What happens around a call is ``runtime.api.execute``, as in a real worker.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from trio_ray.runtime.api.code import Code
-from trio_ray.runtime.api.errors import describe_failure
-from trio_ray.runtime.api.remote import is_retryable
-from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize, serialize_error
-from trio_ray.runtime.api.session import Session, unpack_arguments
+from trio_ray.runtime.api.execute import returned
+from trio_ray.runtime.api.serialize import serialize
+from trio_ray.runtime.api.session import Session
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.messages import Function, Output, Status
-from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
-from trio_ray.runtime.core.worker import Input, Inputs, WorkerCore
+from trio_ray.runtime.core.messages import Function
+from trio_ray.runtime.core.spec import Kind, TaskTemplate
+from trio_ray.runtime.core.worker import WorkerCore
 from trio_ray.simulate.costs import CostError, Model, TaskCost, TaskCosts
 from trio_ray.simulate.strand import is_leaf
 
 if TYPE_CHECKING:
     from trio_ray.simulate.link import SimulatedLink
-
-_EMPTY = serialize((), 1 << 20)[0]
-_NO_ARGUMENTS: tuple[tuple[()], dict[str, Any]] = ((), {})
-_NONE_OUTPUTS = (Output(NONE, -1, len(NONE)),)
-
 
 class Functions:
     """The functions and classes of a simulated program, by ids made of their names.
@@ -136,52 +130,6 @@ class WorkerSession(SimulatedSession):
         self._worker.wait_ends()
 
 
-def arguments(link: "SimulatedLink", spec: TaskSpec, inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The arguments of a call."""
-    if not spec.inputs:
-        return _NO_ARGUMENTS if spec.args == _EMPTY else unpack_arguments(deserialize(spec.args), ())
-    values = [_read(link, inputs[object_id]) for object_id in spec.inputs]
-    packed = values.pop(0) if spec.packed_args else deserialize(spec.args)
-    return unpack_arguments(packed, values)
-
-
-def _read(link: "SimulatedLink", given: Input) -> Any:
-    return deserialize(link.payload(given.value, given.owner))
-
-
-def outputs(link: "SimulatedLink", spec: TaskSpec, template: TaskTemplate, value: object) -> tuple[Output, ...]:
-    """A function's return value as the task's outputs; large ones are in the object store then."""
-    if value is None and template.num_returns == 1:
-        return _NONE_OUTPUTS
-    made = []
-    for index, item in enumerate(returned(template, value)):
-        payload, contained = serialize(item, link.inline_limit)
-        if isinstance(payload, Packed):
-            offset = link.store(ids.return_id(spec.task_id, index), payload)
-            made.append(Output(b"", offset, payload.size, contained))
-        else:
-            made.append(Output(payload, -1, len(payload), contained))
-    return tuple(made)
-
-
-def returned(template: TaskTemplate, value: object) -> Sequence[object]:
-    """The return values one by one. Raises ValueError if there are not as many as were declared."""
-    count = template.num_returns
-    if count == 1:
-        return (value,)
-    if count == 0:
-        return ()
-    try:
-        values: tuple[object, ...] = tuple(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(
-            f"{template.name} is to return {count} values (num_returns), but returned a {type(value).__name__}"
-        ) from None
-    if len(values) != count:
-        raise ValueError(f"{template.name} is to return {count} values (num_returns), but returned {len(values)}")
-    return values
-
-
 def model_payloads(body: Body, template: TaskTemplate, value: object) -> list[tuple[bytes, tuple[bytes, ...]]]:
     """A model's return values as payloads, with the references inside. Small whatever their declared size: only that
     size is accounted for."""
@@ -201,10 +149,3 @@ def model_payloads(body: Body, template: TaskTemplate, value: object) -> list[tu
 
 INLINE_PADDING = 100 * 1024
 """Modelled values up to this many bytes travel in messages, at their size."""
-
-
-def failure(template: TaskTemplate, error: BaseException, place: str) -> tuple[Status, tuple[Output, ...]]:
-    """The status and outputs of a task whose function raised."""
-    payload = serialize_error(describe_failure(template.name, error, place))
-    status = Status.RETRYABLE if is_retryable(template, error) else Status.ERROR
-    return status, (Output(payload, -1, len(payload)),) * template.num_returns
