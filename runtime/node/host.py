@@ -89,15 +89,20 @@ class FlushBeforeWaiting(trio.abc.Instrument):
     def __init__(self, flush: Callable[[], bool]) -> None:
         self._flush = flush
         self._token = trio.lowlevel.current_trio_token()
+        self._failure: Exception | None = None
 
     def before_io_wait(self, timeout: float) -> None:
         """Trio has nothing else to run now. What the flush wakes must not wait for the next I/O."""
-        if self._flush():
-            self._token.run_sync_soon(_nothing, idempotent=True)
+        try:
+            woke = self._flush()
+        except Exception as error:  # Trio would log it and go on without us
+            self._failure, woke = error, True
+        if woke:
+            self._token.run_sync_soon(self._after_wake, idempotent=True)
 
-
-def _nothing() -> None:
-    pass
+    def _after_wake(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 class Host:

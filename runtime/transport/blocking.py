@@ -93,10 +93,16 @@ class BlockingLink:
                     if answer is not None:
                         self._socket.sendall(control_frame(answer))
         except (AuthenticationError, ProtocolError) as error:
-            self._socket.sendall(control_frame(last_word(error)))
+            try:
+                self._socket.sendall(control_frame(last_word(error)))
+            except OSError:
+                pass  # the peer is gone; what it said stands
             raise
         except TimeoutError:
             raise ConnectionError("the peer did not answer the handshake; is it a trio-ray node?") from None
+        except OSError as error:
+            why = error.strerror or error
+            raise ConnectionError(f"the peer broke off the handshake ({why}); is it a trio-ray node?") from None
         self.welcome = dialler.welcome
         self._reader.limit = MAX_CONTROL_BYTES
 
