@@ -350,20 +350,20 @@ def secret_file(file: ClusterFile) -> Path:
 
 
 def clusters() -> list[ClusterFile]:
-    """The clusters of this user on this machine that are alive, newest first."""
+    """The clusters of this user on this machine that are alive: background clusters first, newest first."""
     found = []
     for folder in runtime_root().iterdir():
         try:
             file = msgspec.json.decode((folder / "cluster.json").read_bytes(), type=ClusterFile)
         except (OSError, msgspec.MsgspecError):
             continue
-        if any(is_alive(node.pid) for node in file.nodes):
+        if any(runs(node) for node in file.nodes):
             found.append(file)
-    return sorted(found, key=lambda file: -file.started_at)
+    return sorted(found, key=lambda file: (not file.detached, -file.started_at))
 
 
 def find(address: str = "auto") -> ClusterFile | None:
-    """The newest cluster, or the one whose head listens at ``address``; None if there is none."""
+    """The newest background cluster (else the newest), or the one whose head listens at ``address``; None if there is none."""
     for file in clusters():
         known = (file.name, file.head.tcp, file.head.tcp.removeprefix("tcp://"), file.head.ws)
         if address == "auto" or address in known:
@@ -374,13 +374,12 @@ def find(address: str = "auto") -> ClusterFile | None:
 def stop_cluster(file: ClusterFile, progress: Callable[[str], None] = lambda node: None) -> None:
     """End a background cluster's nodes on this machine, from whatever process started it."""
     for node in reversed(file.nodes):
-        _signal(node.pid, signal.SIGTERM)
+        _signal(node, signal.SIGTERM)
     deadline = time.monotonic() + STOP_LIMIT_S
     for node in file.nodes:
-        while is_alive(node.pid) and time.monotonic() < deadline:
+        while runs(node) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if is_alive(node.pid):
-            _signal(node.pid, signal.SIGKILL)
+        _signal(node, signal.SIGKILL)
         progress(node.node)
     shutil.rmtree(runtime_root() / file.name, ignore_errors=True)
 
@@ -390,7 +389,7 @@ def sweep() -> None:
     for folder in runtime_root().iterdir():
         try:
             file = msgspec.json.decode((folder / "cluster.json").read_bytes(), type=ClusterFile)
-            dead = not any(is_alive(node.pid) for node in file.nodes)
+            dead = not any(runs(node) for node in file.nodes)
         except FileNotFoundError:  # it is just being started, or never was
             try:
                 dead = not is_alive(int((folder / "owner").read_text()))
@@ -410,8 +409,17 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
+def runs(node: NodeProcess) -> bool:
+    """Whether the node's process runs, and its number is not some other process's by now."""
     try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+        return node.node.encode() in Path(f"/proc/{node.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _signal(node: NodeProcess, number: signal.Signals) -> None:
+    if runs(node):
+        try:
+            os.kill(node.pid, number)
+        except ProcessLookupError:
+            pass

@@ -367,3 +367,10 @@ def test_a_peer_that_does_not_read_is_not_read_for_it(cluster: LocalCluster) -> 
         flood.close()
         thread.join()
         other.close()
+
+
+def test_a_process_number_that_was_given_away_is_nobodys(cluster: LocalCluster) -> None:
+    stranger = msgspec.structs.replace(cluster.file.head, pid=os.getpid())
+    assert local.runs(cluster.file.head) and not local.runs(stranger)
+    local.stop_cluster(msgspec.structs.replace(cluster.file, name="no-such-folder", nodes=[stranger]))
+    assert local.runs(cluster.file.head)
