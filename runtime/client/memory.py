@@ -6,6 +6,7 @@ the object is unpinned.
 """
 
 import ctypes
+import itertools
 import mmap
 import threading
 from collections.abc import Callable
@@ -62,18 +63,21 @@ class SharedMemory:
         """The bytes that an owner pins; not to be written."""
         return memoryview(owner).cast("B")
 
-    def write(self, offset: int, parts: list[tuple[int, Payload]], size: int) -> None:
-        """Write an object's parts at ``offset``. Other threads run meanwhile."""
-        if size >= TWO_THREADS_BYTES:
-            middle = offset + size // 2 // mmap.PAGESIZE * mmap.PAGESIZE - offset % mmap.PAGESIZE
-            helper = threading.Thread(
-                target=self._write_range, args=(offset, parts, middle, offset + size), name="trio-ray-copy", daemon=True
-            )
+    def write(self, offset: int, parts: list[tuple[int, Payload]], size: int, *, threads: int = 0) -> None:
+        """Write an object's parts at ``offset``, with so many copying threads (0: one, two for large objects)."""
+        threads = threads or (2 if size >= TWO_THREADS_BYTES else 1)
+        share = -(-size // threads // mmap.PAGESIZE) * mmap.PAGESIZE or mmap.PAGESIZE
+        begin = offset - offset % mmap.PAGESIZE  # threads meet at page boundaries
+        bounds = [min(max(begin + share * index, offset), offset + size) for index in range(threads)] + [offset + size]
+        helpers = [
+            threading.Thread(target=self._write_range, args=(offset, parts, first, last), name="trio-ray-copy")
+            for first, last in itertools.pairwise(bounds[1:]) if first < last
+        ]  # fmt: skip
+        for helper in helpers:
             helper.start()
-            self._write_range(offset, parts, offset, middle)
+        self._write_range(offset, parts, bounds[0], bounds[1])
+        for helper in helpers:
             helper.join()
-        else:
-            self._write_range(offset, parts, offset, offset + size)
 
     def _write_range(self, offset: int, parts: list[tuple[int, Payload]], begin: int, end: int) -> None:
         first, last = begin // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)

@@ -408,6 +408,8 @@ class SyncConnection:
 
     def store(self, object_id: bytes, packed: Packed) -> int:
         """See ``Link.store``."""
+        if self.core.dropped:
+            self.flush()  # what it frees may make the room, and its pages are warm
         created: ObjectCreated | CreateFailed = self._block_for(
             lambda answered: self.core.create(object_id, packed.size, answered)
         )
