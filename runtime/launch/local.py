@@ -18,6 +18,7 @@ from typing import IO
 import msgspec
 
 from trio_ray.runtime.node.settings import NodeSettings, Ready
+from trio_ray.runtime.transport import addresses
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 3.0
@@ -363,12 +364,24 @@ def clusters() -> list[ClusterFile]:
 
 
 def find(address: str = "auto") -> ClusterFile | None:
-    """The newest background cluster (else the newest), or the one whose head listens at ``address``; None if there is none."""
-    for file in clusters():
-        known = (file.name, file.head.tcp, file.head.tcp.removeprefix("tcp://"), file.head.ws)
-        if address == "auto" or address in known:
+    """The newest background cluster (else the newest), or that of this name, or whose head listens at ``address``."""
+    alive = clusters()
+    for file in alive:
+        if address in ("auto", file.name):
+            return file
+    try:
+        wanted = _canonical(address)
+    except ValueError:
+        return None
+    for file in alive:
+        if wanted in [_canonical(known) for known in (file.head.tcp, file.head.ws) if known]:
             return file
     return None
+
+
+def _canonical(address: str) -> addresses.Endpoint:
+    where = addresses.parse(address)
+    return where._replace(host="127.0.0.1") if addresses.is_loopback(where.host) else where
 
 
 def stop_cluster(file: ClusterFile, progress: Callable[[str], None] = lambda node: None) -> None:

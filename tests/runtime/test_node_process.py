@@ -163,7 +163,9 @@ def test_the_secret_is_the_users_alone(cluster: LocalCluster) -> None:
 
 
 def test_clusters_are_found_by_name_and_address(cluster: LocalCluster) -> None:
-    for name in (cluster.name, cluster.file.head.tcp, cluster.file.head.tcp.removeprefix("tcp://")):
+    head = cluster.file.head
+    plain = head.tcp.removeprefix("tcp://")
+    for name in (cluster.name, head.tcp, plain, plain.replace("127.0.0.1", "localhost"), head.ws):
         assert local.find(name) == cluster.file
     assert local.find("127.0.0.1:1") is None
 
