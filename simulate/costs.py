@@ -188,30 +188,31 @@ class TaskCosts:
         self.rngs = TaskRandom(seed)
         self._default = default_cost
         TaskCost("a function without an entry (default_cost)", default_cost)
-        self._by_name: dict[str, TaskCost] = {}
-        self._by_function: dict[int, tuple[object, TaskCost]] = {}
-        """By identity, together with the function itself so that it stays alive."""
+        self._by_name: dict[str, tuple[int, TaskCost]] = {}
+        """The later entry of ``costs`` wins where a function has two, hence their positions."""
+        self._by_function: dict[int, tuple[int, TaskCost]] = {}
+        """By identity."""
+        self._alive = list(costs)
         self._unused: dict[str, None] = {}
-        for key, cost in costs.items():
+        for position, (key, cost) in enumerate(costs.items()):
             function = undecorated(key)
             name = key if isinstance(key, str) else str(getattr(function, "__qualname__", key))
             entry = TaskCost(name, cost)
             self._unused[name] = None
             if isinstance(key, str):
-                self._by_name[key] = entry
+                self._by_name[key] = position, entry
             elif callable(function):
-                self._by_function[id(function)] = (function, entry)
+                self._by_function[id(function)] = position, entry
             else:
                 raise CostError(f"a cost is given for {key!r}, which is neither a function nor a function's name")
 
     def of(self, function: object, name: str) -> TaskCost:
         """The cost of a function's tasks; ``name`` is the one in its task template."""
-        found = self._by_function.get(id(undecorated(function)))
-        entry = found[1] if found is not None else self._by_name.get(name)
-        if entry is None:
-            return TaskCost(name, self._default)
-        self._unused.pop(entry.name, None)
-        return entry
+        found = [self._by_function.get(id(undecorated(function))), self._by_name.get(name)]
+        entries = sorted((entry for entry in found if entry is not None), key=lambda entry: entry[0])
+        for _, entry in entries:
+            self._unused.pop(entry.name, None)
+        return entries[-1][1] if entries else TaskCost(name, self._default)
 
     @property
     def unused(self) -> list[str]:

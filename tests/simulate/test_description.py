@@ -121,6 +121,12 @@ def test_costs_are_found_by_function_and_by_name() -> None:
     assert costs.unused == ["misspelt"]
 
 
+def test_the_later_of_two_costs_wins() -> None:
+    costs = TaskCosts({square: 0.5, "square": 0.25}, 0.0, seed=1)
+    assert costs.of(square, "square").fixed_s == 0.25 and not costs.unused
+    assert TaskCosts({"square": 0.25, square: 0.5}, 0.0, seed=1).of(square, "square").fixed_s == 0.5
+
+
 def test_a_draw_depends_on_seed_and_task_only() -> None:
     def draws(seed: int, order: list[int]) -> dict[int, float]:
         costs = TaskCosts({"f": lognormal(mean=1.0, sigma=0.5)}, 0.0, seed=seed)
