@@ -21,6 +21,7 @@ from trio_ray.runtime.client.sync_api import (
     nodes,
     put,
     remote,
+    timeline,
     wait,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "shutdown",
     "simulate",
     "task_scope",
+    "timeline",
     "wait",
 ]
 

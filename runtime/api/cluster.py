@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from trio_ray.runtime.api import timeline
 from trio_ray.runtime.api.actors import ActorClass, ActorHandle, get_actor, make_actor_class
 from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.nursery import Nursery, start
@@ -141,7 +142,18 @@ class Cluster:
         """The resources of all living nodes together."""
         return msgspec.msgpack.decode(await self._ask("resources"), type=dict[str, float])
 
-    async def _ask(self, subject: str) -> bytes:
+    async def timeline(self, filename: str | None = None) -> list[dict[str, Any]]:
+        """The newest tasks that ran, as the events of a Chrome trace, also written to ``filename`` if given.
+
+        Nodes report tasks in batches, so the last tenth of a second may be missing. ``simulate.recorded`` makes costs
+        of the file.
+        """
+        events = timeline.chrome_events(await self._ask(timeline.SUBJECT, timeline.ARGUMENT))
+        if filename is not None:
+            timeline.save(events, filename)
+        return events
+
+    async def _ask(self, subject: str, argument: str = "") -> bytes:
         import trio
 
         link, answers, done = self._session.link, [], trio.Event()
@@ -152,7 +164,7 @@ class Cluster:
             told()
 
         with link.lock:
-            self._session.core.ask(subject, "", answered)
+            self._session.core.ask(subject, argument, answered)
         link.flush_soon()
         await done.wait()
         if answers[0].error:

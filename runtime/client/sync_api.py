@@ -6,6 +6,7 @@ from typing import Any, Protocol, overload
 
 import msgspec
 
+from trio_ray.runtime.api import timeline as chrome_trace
 from trio_ray.runtime.api.actors import ActorClass, ActorHandle, make_actor_class
 from trio_ray.runtime.api.cluster import check_wait, split
 from trio_ray.runtime.api.context import current
@@ -163,3 +164,11 @@ def available_resources() -> dict[str, float]:
     """What of the cluster's resources is not in use, as far as the nodes have told."""
     return msgspec.msgpack.decode(current().session.link.ask("available"), type=dict[str, float])
 
+
+def timeline(filename: str | None = None) -> list[dict[str, Any]] | None:
+    """The newest tasks that ran, as the events of a Chrome trace; with ``filename`` they are written there instead."""
+    events = chrome_trace.chrome_events(current().session.link.ask(chrome_trace.SUBJECT, chrome_trace.ARGUMENT))
+    if filename is None:
+        return events
+    chrome_trace.save(events, filename)
+    return None

@@ -5,6 +5,7 @@ The same coroutines, the same functions, the same assertions; only ``world`` dif
 
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -444,6 +445,22 @@ def test_an_argument_that_cannot_travel_is_named(world: World) -> None:
         assert await add.remote(1) == 1
 
     world(program)
+
+
+def test_a_timeline_can_be_replayed(world: World, tmp_path: Path) -> None:
+    file = str(tmp_path / "timeline.json")
+
+    async def program(cluster: trio_ray.Cluster) -> None:
+        await cluster.gather([add.remote(i) for i in range(20)])
+        tasks: list[dict[str, Any]] = []
+        with trio.fail_after(10):
+            while len(tasks) < 20:  # nodes report what ran in batches
+                await cluster.sleep(0.05)
+                tasks = [event for event in await cluster.timeline(file) if event["ph"] == "X"]
+        assert len(tasks) == 20 and all(task["dur"] >= 0 and task["ts"] >= 0 for task in tasks)
+
+    world(program)
+    assert len(simulate.recorded(file)["add"].durations_s) == 20
 
 
 def test_the_clock_and_sleep(world: World) -> None:
