@@ -7,6 +7,7 @@ drift of the machine meets both. A ratio is the median of the ratios of neighbou
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trio_ray.experiments.bench.own import register
 from trio_ray.experiments.bench.suite import BENCHMARKS, benchmark
 
 register(benchmark)
+__all__ = ["BENCHMARKS", "OURS", "Figures", "run"]
 
 OURS = "trio_ray"
 REQUIREMENTS = {"ray": ["ray==2.60.0", "numpy"], "dask": ["dask[distributed]"], "processpool": []}
@@ -88,8 +90,11 @@ def interpreter(system: str, cache: Path, announce: Callable[[str], None]) -> st
 def run_one(python: str, system: str, name: str, seconds: float) -> tuple[float | None, str]:
     """One figure from a fresh process, or why there is none."""
     command = [python, str(SUITE), system, name, "--seconds", str(seconds)]
+    paths = [str(Path(__file__).parents[3])] if system == OURS else []
+    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and system == OURS]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_LIMIT_S, env=environment)
     except subprocess.TimeoutExpired:
         return None, f"it did not end within {RUN_LIMIT_S} s"
     for line in done.stdout.splitlines():
@@ -101,21 +106,24 @@ def run_one(python: str, system: str, name: str, seconds: float) -> tuple[float 
 
 
 def run(
-    names: list[str], systems: list[str], *, repeats: int, seconds: float, cache: Path, announce: Callable[[str], None]
-) -> Iterator[Figures]:
+    names: list[str], systems: list[str], *, repeats: int, seconds: float, cache: Path,
+    announce: Callable[[int, int, str], None],
+) -> Iterator[Figures]:  # fmt: skip
     """Measure benchmarks one after the other; yields each as it is done. Unknown names raise ValueError."""
     for name in names:
         if name not in BENCHMARKS:
             raise ValueError(f"there is no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")
-    pythons = {system: interpreter(system, cache, announce) for system in systems}
-    for name in names:
+    pythons = {
+        system: interpreter(system, cache, lambda doing: announce(0, len(names), doing)) for system in systems
+    }
+    for position, name in enumerate(names):
         found = BENCHMARKS[name]
         figures = Figures(name, found.unit, found.higher)
         for repeat in range(repeats):
             for system in systems:
                 if system not in found.systems or system in figures.errors:
                     continue
-                announce(f"{name}: {system}, run {repeat + 1} of {repeats}")
+                announce(position, len(names), f"{name}: {system}, run {repeat + 1} of {repeats}")
                 figure, error = run_one(pythons[system], system, name, seconds)
                 if figure is None:
                     figures.errors[system] = error

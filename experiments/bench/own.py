@@ -63,9 +63,7 @@ def queued_memory(remote: Any) -> Iterator[tuple[Callable[[], object], float]]:
 
     ray = remote.ray
 
-    @ray.remote
-    def hold() -> None:
-        time.sleep(120)
+    hold = ray.remote(lambda: time.sleep(120))
 
     def work() -> float:
         held = [hold.remote() for _ in range(2)]
@@ -156,10 +154,7 @@ def _spread(nodes: int, size: int) -> Iterator[tuple[Callable[[], object], float
 def _wait_until_empty(trio_ray: Any) -> None:
     """Until the nodes have freed what was dropped; a small task goes round meanwhile, for messages to travel."""
 
-    @trio_ray.remote
-    def empty() -> None:
-        pass
-
+    empty = trio_ray.remote(lambda: None)
     end = time.perf_counter() + 0.3
     while time.perf_counter() < end:
         trio_ray.get(empty.remote())

@@ -57,25 +57,16 @@ class Remote:
     def __init__(self, ray: Any) -> None:
         self.ray = ray
 
-        @ray.remote
         def small_value() -> bytes:
             return b"ok"
 
-        @ray.remote
-        def small_value_batch(count: int) -> int:
-            ray.get([small_value.remote() for _ in range(count)])
-            return 0
-
-        @ray.remote
         def put_small(count: int) -> None:
             for _ in range(count):
                 ray.put(0)
 
-        @ray.remote
         def ten_thousand_refs() -> list[Any]:
             return [ray.put(1) for _ in range(10_000)]
 
-        @ray.remote(num_cpus=0)
         class Actor:
             def small_value(self) -> bytes:
                 return b"ok"
@@ -84,9 +75,8 @@ class Remote:
                 return b"ok"
 
             def small_value_batch(self, count: int) -> None:
-                ray.get([small_value.remote() for _ in range(count)])
+                ray.get([submitted.remote() for _ in range(count)])
 
-        @ray.remote(num_cpus=0)
         class AsyncActor:
             async def small_value(self) -> bytes:
                 return b"ok"
@@ -94,7 +84,6 @@ class Remote:
             async def small_value_with_arg(self, _x: object) -> bytes:
                 return b"ok"
 
-        @ray.remote(num_cpus=0)
         class Client:
             def __init__(self, servers: list[Any]) -> None:
                 self.servers = servers
@@ -106,13 +95,13 @@ class Remote:
                 x = ray.put(0)
                 ray.get([server.small_value_arg.remote(x) for server in self.servers for _ in range(count)])
 
-        self.small_value = small_value
-        self.small_value_batch = small_value_batch
-        self.put_small = put_small
-        self.ten_thousand_refs = ten_thousand_refs
-        self.Actor = Actor
-        self.AsyncActor = AsyncActor
-        self.Client = Client
+        self.small_value = submitted = ray.remote(small_value)
+        self.put_small: Any = ray.remote(put_small)
+        self.ten_thousand_refs: Any = ray.remote(ten_thousand_refs)
+        free = ray.remote(num_cpus=0)
+        self.Actor: Any = free(Actor)
+        self.AsyncActor: Any = free(AsyncActor)
+        self.Client: Any = free(Client)
 
 
 # -- objects -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from trio_ray.runtime.cli import clusters, studies
+from trio_ray.runtime.cli import bench, clusters, studies
 from trio_ray.runtime.cli.output import Stop
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command(rich_help_panel=STUDIES)(studies.simulate)
 app.command(rich_help_panel=STUDIES)(studies.experiment)
 app.command(rich_help_panel=STUDIES)(studies.plot)
 app.command(rich_help_panel=STUDIES)(studies.calibrate)
+app.command(rich_help_panel=STUDIES)(bench.bench)
 app.command(rich_help_panel=STUDIES)(studies.demo)
 
 
