@@ -103,7 +103,8 @@ def show(folder: Path, profile: str | None = None) -> None:
     console.print(
         f"\n   In [bold]{figures['training_s']:.1f} s[/] the reward rose from [bold]{figures['first reward']:,.0f}[/] "
         f"to [bold]{figures['last reward']:,.0f}[/]; 0 would be upright all the time.\n"
-        f"   {figures['rollouts']:,} rollouts, {figures['timesteps']:,} steps, {figures['timesteps/s']:,.0f} a second.\n"
+        f"   {figures['rollouts']:,} rollouts of {figures['timesteps']:,} steps in all, "
+        f"{figures['timesteps/s']:,.0f} a second.\n"
     )
     console.print(
         "[bold green]2  In simulation[/]   the same coroutine and scheduler on clusters we do not have:\n"
@@ -118,5 +119,6 @@ def show(folder: Path, profile: str | None = None) -> None:
     )
     result.save(folder)
     picture = plot("training", folder)
-    console.print(f"[bold]3  To look at[/]   {picture}\n   and next    trio-ray experiment table4, trio-ray up --nodes 3")
+    console.print(f"[bold]3  To look at[/]   {picture}")
+    console.print("   and to go on    trio-ray experiment table4, trio-ray up --nodes 3, README.md")
     console.print(f"\n[dim]Nothing is left running. It took {time.monotonic() - page.began:.0f} s.[/]")

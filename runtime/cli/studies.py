@@ -80,10 +80,10 @@ def simulate(
     if as_json:
         print_json(report.to_dict())
     else:
-        console().print(str(report), markup=False)
+        typer.echo(str(report))
         for what, path in (("trace", trace), ("plot", plot)):
             if path is not None:
-                console().print(f"  {what:<13} {path}", markup=False)
+                typer.echo(f"  {what:<13} {path}")
 
 
 def experiment(
@@ -128,7 +128,7 @@ def experiment(
         print_json(msgspec.to_builtins(result))
     else:
         _show(result)
-        console().print(f"figures {path}, plot {picture}", markup=False)
+        typer.echo(f"figures {path}, plot {picture}")
 
 
 def plot(
@@ -141,7 +141,7 @@ def plot(
 
     with stopping_on(ResultError, OSError):
         for path in [draw.plot(name, results)] if name else draw.plot_all(results):
-            console().print(str(path), markup=False)
+            typer.echo(str(path))
 
 
 def calibrate(
@@ -174,7 +174,7 @@ def calibrate(
         ("from a process to its node", profile.link.unix_latency_s),
     ):
         out_console.print(f"  {what:<36} {seconds * 1e6:>9,.1f} µs")
-    out_console.print(f"written to {path}", markup=False)
+    typer.echo(f"written to {path}")
 
 
 def demo(results: Results = Path("results")) -> None:
