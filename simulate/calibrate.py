@@ -30,7 +30,7 @@ from trio_ray.runtime.api.remote import make_remote_function
 from trio_ray.runtime.core.effects import AnyEffect
 from trio_ray.runtime.core.machine import AnyEvent, Machine, Received, TimerFired
 from trio_ray.runtime.core.messages import Address, AnyMessage
-from trio_ray.runtime.core.node import NodeMachine
+from trio_ray.runtime.core.node import NodeConfig, NodeMachine
 from trio_ray.simulate.cluster import ClusterSpec
 from trio_ray.simulate.costs import TaskCosts
 from trio_ray.simulate.engine import Engine, Frame
@@ -44,6 +44,8 @@ BATCHES = (1, 4, 16, 64, 256, 1024)
 SAMPLES_PER_SIZE = 3
 """Messages of one kind and size kept for timing the wire."""
 EMPTY_STEPS = 2_000
+BACKGROUND_S = 1.0
+"""Simulated time for what nodes say behind: lineage, events, heartbeats."""
 
 
 class Timings:
@@ -170,7 +172,7 @@ def _exercise(nodes: int, timings: Timings) -> None:
         engine.timings = timings
         return engine
 
-    costs = TaskCosts({}, 0.0, seed=0)
+    costs = TaskCosts({_slow: 4 * NodeConfig().write_behind_s}, 0.0, seed=0)
     world = World(
         ClusterSpec.uniform(nodes, 4), costs, profile=Profile(), policy="bottom-up", seed=0, network="simple",
         engine=make_engine,
@@ -181,9 +183,10 @@ def _exercise(nodes: int, timings: Timings) -> None:
     with world.bound():
         try:
             for count in BATCHES:
-                for program in (_tasks, _with_inputs, _nested, _actor_calls, _values):
+                for program in (_tasks, _with_inputs, _nested, _lineage, _actor_calls, _values):
                     program(session, count)
             _objects(session)
+            world.engine.env.run(until=world.engine.now + BACKGROUND_S)
         finally:
             context.running.reset(token)
             world.close()
@@ -210,6 +213,11 @@ def _nested(session: SimulatedSession, count: int) -> None:
     _get(session, [_length.remote([inner]) for _ in range(min(count, 64))])
 
 
+def _lineage(session: SimulatedSession, count: int) -> None:
+    """Tasks that are not done yet when lineage is written behind."""
+    _get(session, [_slow.remote() for _ in range(count)])
+
+
 def _actor_calls(session: SimulatedSession, count: int) -> None:
     actor = _Counter.remote()
     _get(session, [actor.add.remote() for _ in range(count)])
@@ -225,13 +233,15 @@ def _objects(session: SimulatedSession) -> None:
     """Objects of the store, moved between nodes."""
     for _ in range(8):
         stored = session.put(session.root, bytes(200_000))
-        _get(session, [_length.remote(stored) for _ in range(16)])
+        _get(session, [_length_elsewhere.remote(stored) for _ in range(16)])
         _get(session, [_large.remote() for _ in range(4)])
 
 
 _empty = make_remote_function(lambda: None, {"name": "empty"})
+_slow = make_remote_function(lambda: None, {"name": "slow"})
 _identity = make_remote_function(lambda value: value, {"name": "identity"})
 _length = make_remote_function(lambda value: len(value), {"name": "length"})
+_length_elsewhere = make_remote_function(lambda value: len(value), {"name": "length", "scheduling_strategy": "SPREAD"})
 _large = make_remote_function(lambda: bytes(200_000), {"name": "large", "scheduling_strategy": "SPREAD"})
 
 
