@@ -19,7 +19,6 @@ from trio_ray.runtime.core.spec import Kind, TaskSpec
 from trio_ray.runtime.core.worker import Inputs
 from trio_ray.runtime.worker.execute import Executor
 
-
 TURN_S = 0.001
 """How long calls may follow each other in one Trio task before others get their turn."""
 
