@@ -304,22 +304,38 @@ def test_exceptions_that_are_retried(world: World) -> None:
     world(program)
 
 
-def test_waiting_for_some(world: World) -> None:
-    @trio_ray.remote(num_cpus=0)
-    async def after(seconds: float) -> float:
-        await trio.sleep(seconds)
-        return seconds
+@trio_ray.remote
+class Gates:
+    """Calls that wait until another call lets them through, so that no scenario depends on how fast anything is."""
 
+    def __init__(self) -> None:
+        self.opened = [trio.Event() for _ in range(5)]
+
+    async def wait(self, number: int) -> int:
+        await self.opened[number].wait()
+        return number
+
+    async def open(self, number: int) -> None:
+        self.opened[number].set()
+
+
+def test_waiting_for_some(world: World) -> None:
     async def program(cluster: trio_ray.Cluster) -> None:
-        refs = [after.remote(s) for s in (20.0, 0.01, 0.05)]
+        gates = Gates.remote()
+        refs = [gates.wait.remote(number) for number in range(5)]
+        await cluster.gather([gates.open.remote(1), gates.open.remote(2)])
         ready, rest = await cluster.wait(refs, num_returns=2)
-        assert ready == refs[1:] and rest == refs[:1]
+        assert ready == [refs[1], refs[2]] and rest == [refs[0], refs[3], refs[4]]
         ready, rest = await cluster.wait(rest, timeout=0.05)
-        assert ready == [] and rest == refs[:1]
+        assert ready == [] and len(rest) == 3
         order = []
-        async for ref in cluster.as_completed([after.remote(0.3), after.remote(0.01)]):
+        await gates.open.remote(4)
+        async for ref in cluster.as_completed([refs[3], refs[4]]):
             order.append(await ref)
-        assert order == [0.01, 0.3]
+            await gates.open.remote(3)
+        assert order == [4, 3]
+        await gates.open.remote(0)
+        assert await refs[0] == 0
 
     world(program)
 
@@ -397,23 +413,11 @@ def test_fractions_of_resources(world: World) -> None:
 
 
 def test_async_actors_interleave(world: World) -> None:
-    @trio_ray.remote
-    class Gate:
-        def __init__(self) -> None:
-            self.opened = trio.Event()
-
-        async def wait(self) -> str:
-            await self.opened.wait()
-            return "through"
-
-        async def open(self) -> None:
-            self.opened.set()
-
     async def program(cluster: trio_ray.Cluster) -> None:
-        gate = Gate.remote()
-        waiting = [gate.wait.remote() for _ in range(3)]
-        await gate.open.remote()
-        assert await cluster.gather(waiting) == ["through"] * 3
+        gates = Gates.remote()
+        waiting = [gates.wait.remote(0) for _ in range(3)]
+        await gates.open.remote(0)
+        assert await cluster.gather(waiting) == [0] * 3
 
     world(program)
 
