@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from trio_ray import simulate
+from trio_ray.runtime.api.cluster import Cluster
+
 PROGRAM = """
 import sys
 import numpy as np
@@ -94,3 +97,16 @@ def test_one_seed_gives_one_history_under_every_hash_seed(policy: str) -> None:
 def test_another_seed_gives_another_history() -> None:
     hashes = {history(seed, 0).split()[0] for seed in (1, 2, 3)}
     assert len(hashes) == 3
+
+
+def test_runs_in_one_process_do_not_touch_each_other() -> None:
+    async def main(cluster: Cluster) -> list[int]:
+        return await cluster.gather([cluster.submit(divmod, i, 7) for i in range(50)])
+
+    def run(nodes: int) -> str:
+        report = simulate.run(main, nodes=nodes, cpus=2, seed=5, costs={"divmod": simulate.exponential(0.01)})
+        return report.event_log_hash
+
+    first = run(3)
+    assert run(2) != first
+    assert run(3) == first
