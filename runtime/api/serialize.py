@@ -33,6 +33,8 @@ _HEADER = Struct("<B3xIQ")
 
 _dumps, _loads = pickle.dumps, pickle.loads
 NONE = _dumps(None, 5)
+_NO_CLASSES = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
+"""Values of these types name no class, so a long one need not be searched for names."""
 
 
 class _Found(threading.local):
@@ -77,7 +79,7 @@ def serialize(value: object, inline_limit: int) -> tuple[bytes | Packed, tuple[b
     buffers: list[PickleBuffer] = []
     try:
         data = _dumps(value, 5, buffer_callback=buffers.append)
-        if b"__main__" in data or _by_value_modules():
+        if type(value) not in _NO_CLASSES and (b"__main__" in data or _by_value_modules()):
             raise pickle.PicklingError
     except Exception:
         found.clear()

@@ -25,6 +25,7 @@ from trio_ray.runtime.api.errors import ObjectStoreFullError, RaySystemError
 from trio_ray.runtime.api.link import Payload
 from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.client.memory import SharedMemory
+from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, AnyMessage, CreateFailed, ObjectCreated, Value, Where
 from trio_ray.runtime.core.split import halves
@@ -65,9 +66,7 @@ class SyncConnection:
         if welcome.arena_path:
             self._memory = SharedMemory(welcome.arena_path, welcome.arena_bytes, self._unpinned)
         self._clock_offset = 0.0 if welcome.arena_path else welcome.clock - time.monotonic()
-        self._streams: dict[int, bytearray] = {}
-        """Buffers of values that arrive as data frames, by transfer."""
-        self._arrived: dict[int, int] = {}
+        self._streams = Streams(self.core)
         self._parked: deque[Any] = deque()
         """Locks of threads that wait while another leads."""
         self._after: deque[Callable[[], None]] = deque()
@@ -181,7 +180,7 @@ class SyncConnection:
             if messages:
                 self.receive(messages)
             for transfer, size in data:
-                self._data_arrived(transfer, size)
+                self._streams.arrived(transfer, size)
         self._half_read = False
         if self.core.out:
             self.flush()
@@ -473,26 +472,9 @@ class SyncConnection:
         if self._asleep:
             self._wake_pump()
 
-    def window(self, transfer: int, position: int, size: int) -> memoryview | None:
+    def window(self, transfer: int, position: int, size: int) -> memoryview:
         """Where the bytes of a streamed value go."""
-        buffer = self._streams.get(transfer)
-        if buffer is None:
-            value = self.core.streams.get(transfer)
-            if value is None:
-                return None
-            buffer = self._streams[transfer] = bytearray(value.size)
-        return memoryview(buffer)[position : position + size]
-
-    def _data_arrived(self, transfer: int, size: int) -> None:
-        value = self.core.streams.get(transfer)
-        if value is None:
-            return
-        arrived = self._arrived.get(transfer, 0) + size
-        if arrived < value.size:
-            self._arrived[transfer] = arrived
-            return
-        self._arrived.pop(transfer, None)
-        self.core.streamed(transfer, bytes(self._streams.pop(transfer)))
+        return self._streams.window(transfer, position, size)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from trio_ray.runtime.api.link import Payload
 from trio_ray.runtime.api.refs import ObjectRef, owned
 from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.api.session import Session
+from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, CreateFailed, ObjectCreated, Value
@@ -47,10 +48,9 @@ class TrioConnection:
         self.lock = threading.Lock()
         self._clock_offset = welcome.clock - time.monotonic()
         self._scheduled = False
-        self._streams: dict[int, bytearray] = {}
-        self._arrived: dict[int, int] = {}
+        self._streams = Streams(self.core)
         self._after: list[Callable[[], None]] = []
-        link.window = self._window
+        link.window = self._streams.window
 
     def now(self) -> float:
         """See ``Link.now``."""
@@ -92,7 +92,7 @@ class TrioConnection:
                 for frame in await self._link.receive():
                     with self.lock:
                         if isinstance(frame, tuple):
-                            self._data_arrived(*frame)
+                            self._streams.arrived(*frame)
                         else:
                             self.core.receive(decode(frame))
                 if self.core.out:
@@ -112,24 +112,6 @@ class TrioConnection:
         callbacks, self._after = self._after, []
         for callback in callbacks:
             callback()
-
-    def _window(self, transfer: int, position: int, size: int) -> memoryview | None:
-        value = self.core.streams.get(transfer)
-        if value is None:
-            return None
-        buffer = self._streams.get(transfer)
-        if buffer is None:
-            buffer = self._streams[transfer] = bytearray(value.size)
-        return memoryview(buffer)[position : position + size]
-
-    def _data_arrived(self, transfer: int, size: int) -> None:
-        value = self.core.streams.get(transfer)
-        if value is None:
-            return
-        self._arrived[transfer] = arrived = self._arrived.get(transfer, 0) + size
-        if arrived >= value.size:
-            del self._arrived[transfer]
-            self.core.streamed(transfer, bytes(self._streams.pop(transfer)))
 
     # -- what the API asks for -----------------------------------------------------------------------------------
 

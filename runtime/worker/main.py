@@ -4,8 +4,11 @@ A worker that an actor moves into stays as it is for a plain one; for an actor w
 under Trio, for one with ``max_concurrency`` above one it hands its calls to threads.
 """
 
+import io
 import os
+import signal
 import sys
+from functools import partial
 
 from trio_ray.runtime.api import context, refs
 from trio_ray.runtime.api.waiting import SessionWaiting
@@ -23,6 +26,8 @@ def run_worker(address: str, secret: bytes, number: int) -> None:
         connection = connect(WorkerConnection, address, secret, Hello("worker", os.getpid(), number))
     except ConnectionError:  # the node ended meanwhile
         sys.exit(NODE_LOST)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what tasks print is seen at once, and not lost if they are killed
     session = WorkerSession(connection)
     refs.bind(connection.core)
     refs.wait_with(SessionWaiting())
@@ -30,8 +35,18 @@ def run_worker(address: str, secret: bytes, number: int) -> None:
     for path in connection.welcome.sys_path:
         if path not in sys.path:
             sys.path.append(path)
+    os.register_at_fork(after_in_child=partial(_forget_after_fork, connection))
     connection.start_pump()
     work(Executor(connection, session))
+
+
+def _forget_after_fork(connection: WorkerConnection) -> None:
+    """A process that a task forks is no worker: the connection is its parent's."""
+    connection.abandon()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    context.running.set(None)
+    context.set_process(None)
+    refs.unbind()
 
 
 def work(executor: Executor) -> None:

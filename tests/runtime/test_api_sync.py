@@ -502,3 +502,57 @@ def test_views_of_the_cluster() -> None:
     (node,) = ray.nodes()
     assert node["Alive"] and node["Resources"]["CPU"] == 2.0
     eventually(lambda: ray.available_resources().get("lamp") == 1.0)
+
+
+def test_references_can_be_awaited_under_asyncio() -> None:
+    import asyncio
+
+    async def main() -> list[int]:
+        return list(await asyncio.gather(*[square.remote(i) for i in range(5)]))
+
+    assert asyncio.run(main()) == [0, 1, 4, 9, 16]
+
+
+def test_an_exception_that_cannot_travel_leaves_its_text() -> None:
+    @ray.remote
+    def odd() -> None:
+        class Odd(Exception):
+            def __init__(self, first: int, second: int) -> None:
+                super().__init__("an odd one")
+                self.lock = threading.Lock()
+
+        raise Odd(1, 2)
+
+    with pytest.raises(exceptions.RayTaskError, match="an odd one") as caught:
+        ray.get(odd.remote())
+    assert caught.value.cause is None
+
+
+def test_a_task_may_start_processes_of_its_own() -> None:
+    @ray.remote
+    def spread() -> list[int]:
+        import multiprocessing
+
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(abs, [-1, -2, -3])
+
+    assert ray.get(spread.remote()) == [1, 2, 3]
+    assert ray.get(square.remote(3)) == 9
+
+
+def test_a_task_that_exits_says_so() -> None:
+    @ray.remote(max_retries=0)
+    def leave() -> None:
+        raise SystemExit(4)
+
+    with pytest.raises(exceptions.RayTaskError, match="SystemExit: 4"):
+        ray.get(leave.remote())
+
+
+def test_many_small_objects_and_one_that_holds_them() -> None:
+    refs = [ray.put(i) for i in range(2000)]
+    holder = ray.put(refs)
+    del refs
+    back = ray.get(holder)
+    del holder
+    assert ray.get(back) == list(range(2000))

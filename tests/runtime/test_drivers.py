@@ -302,3 +302,20 @@ assert trio_ray.open_cluster and trio_ray.Cluster
 """
     out, err = finish(start(tmp_path, program))
     assert (out, err) == ("[]\n", "")
+
+
+def test_what_tasks_print_is_seen(tmp_path: Path) -> None:
+    program = """
+import time, trio_ray as ray
+ray.init(num_cpus=1)
+
+@ray.remote
+def talk():
+    print("out of a task")
+    time.sleep(600)
+
+ref = talk.remote()
+ray.wait([ref], timeout=1)
+"""
+    out, err = finish(start(tmp_path, program))
+    assert (out, err) == ("out of a task\n", "")
