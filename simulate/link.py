@@ -49,7 +49,7 @@ class Pin:
 
 
 class SimulatedLink:
-    """The part that drivers and workers share; ``block`` is theirs."""
+    """The part that drivers and workers share."""
 
     inline_limit = INLINE_LIMIT
     patience_s = FLUSH_S
@@ -177,8 +177,19 @@ class SimulatedLink:
         """Raise if this process's code cannot wait where it is."""
 
     def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Let simulated time pass until ``enough()``; False if ``timeout`` seconds passed first."""
-        raise NotImplementedError
+        """Let simulated time pass until ``enough()``; False if ``timeout`` seconds passed first.
+
+        Called by code that runs under Trio, it stops all Trio tasks meanwhile: those of this process, as on a real
+        cluster, and here those of the other processes as well.
+        """
+        engine = self.engine
+        deadline = float("inf") if timeout is None else engine.now + timeout
+        while not enough():
+            if engine.env.peek() > deadline:
+                return False
+            engine.check_progress()
+            engine.env.step()
+        return True
 
     def ask(self, subject: str, argument: str = "") -> bytes:
         """The answer to a ``Query``; ``LookupError`` if it is an error."""
@@ -227,14 +238,3 @@ class DriverLink(SimulatedLink):
         self.core.receive(messages)
         if self.core.out:
             self.flush()
-
-    def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
-        """A synchronous wait in the program stops all its Trio tasks, here as on a real cluster."""
-        engine = self.engine
-        deadline = float("inf") if timeout is None else engine.now + timeout
-        while not enough():
-            if engine.env.peek() > deadline:
-                return False
-            engine.check_progress()
-            engine.env.step()
-        return True

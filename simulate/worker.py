@@ -53,8 +53,8 @@ class Modelled:
 class Job:
     """A task that the worker has begun."""
 
-    __slots__ = ("begun_at", "body", "called_at", "cancelled", "duration_s", "inputs", "scope", "spec", "strand",
-                 "template", "timed")  # fmt: skip
+    __slots__ = ("begun_at", "body", "called_at", "cancelled", "duration_s", "inputs", "scope", "spec", "stored",
+                 "strand", "template", "timed")  # fmt: skip
 
     def __init__(self, spec: TaskSpec, inputs: Inputs, template: TaskTemplate, body: Body) -> None:
         self.spec = spec
@@ -72,6 +72,8 @@ class Job:
         """Where its function waits, if it does."""
         self.scope: trio.CancelScope | None = None
         """Of its coroutine."""
+        self.stored: trio.Event | None = None
+        """Set when what its coroutine returned is in the object store."""
 
 
 class SimulatedWorker(SimulatedLink):
@@ -257,7 +259,11 @@ class SimulatedWorker(SimulatedLink):
         self._job, self._rest = job, rest
         if go():
             self.world.strands.give_back(strand)
-            self._call_all(rest)
+            if job.stored is not None:
+                job.stored.set()
+                self.engine.woken = True
+            else:
+                self._call_all(rest)
 
     def _call(self, job: Job) -> None:
         """Call a plain function, at this moment."""
@@ -305,6 +311,8 @@ class SimulatedWorker(SimulatedLink):
         made: tuple[Output, ...] = ()
         with trio.CancelScope() as scope:
             job.scope = scope
+            if job.cancelled:
+                scope.cancel()
             try:
                 args, kwargs = arguments(self, job.spec, job.inputs)
                 value = await self._target(job)(*args, **kwargs)
@@ -319,27 +327,28 @@ class SimulatedWorker(SimulatedLink):
 
     async def _outputs_async(self, job: Job, value: object) -> tuple[Output, ...]:
         """``outputs``, on a strand if it has to wait for room in the object store."""
+        made: list[tuple[Output, ...]] = []
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                made.append(outputs(self, job.spec, job.template, value))
+            except Exception as error:
+                errors.append(error)
+
+        token = context.running.set(None)  # it is this module that waits now, and it may
         try:
-            return outputs(self, job.spec, job.template, value)
+            work()
         except MustWait:
-            done = trio.Event()
-            made: list[tuple[Output, ...]] = []
-            errors: list[BaseException] = []
-
-            def work() -> None:
-                try:
-                    made.append(outputs(self, job.spec, job.template, value))
-                except Exception as error:
-                    errors.append(error)
-                self.engine.woken = True
-                done.set()
-
+            job.stored = trio.Event()
             strand = self.world.strands.take()
             self._resume(strand, job, deque(), partial(strand.begin, work))
-            await done.wait()
-            if errors:
-                raise errors[0] from None
-            return made[0]
+            await job.stored.wait()
+        finally:
+            context.running.reset(token)
+        if errors:
+            raise errors[0]
+        return made[0]
 
     def _target(self, job: Job) -> Callable[..., Any]:
         template = job.template
@@ -466,6 +475,8 @@ class SimulatedWorker(SimulatedLink):
             job.cancelled = True
             self._stop_timing(job)
             self._done(job, None, Status.CANCELLED, ())
+        elif job.body.is_async:
+            job.cancelled = True  # its coroutine has not begun
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
@@ -473,20 +484,29 @@ class SimulatedWorker(SimulatedLink):
         return Pin(self, value.object_id)
 
     def may_block(self) -> None:
-        """Only functions on strands can wait."""
+        """Functions on strands can wait, and so can what runs under Trio."""
         if current.strand is None:
             task = context.running.get()
-            if task is not None and task.in_trio:
-                raise RuntimeError(
-                    f"{task.name} is an async function and made a call that blocks (get, wait, or putting a large "
-                    "value); in simulation that cannot be: await the reference, or make the function a plain one"
-                )
-            raise MustWait
+            if task is None or not task.in_trio:
+                raise MustWait
 
     def block(self, enough: Callable[[], bool], timeout: float | None = None) -> bool:
         """On a strand: hand over to the simulation until ``enough()``."""
-        strand, job, rest = current.strand, self._job, self._rest
-        assert strand is not None and job is not None
+        strand, job = current.strand, self._job
+        if strand is None:
+            self.worker.wait_begins()
+            self.flush()
+            try:
+                return super().block(enough, timeout)
+            finally:
+                self.worker.wait_ends()
+                self.flush_soon()
+        assert job is not None
+        return self._block_strand(strand, job, self._rest, enough, timeout)
+
+    def _block_strand(
+        self, strand: Strand, job: Job, rest: deque[Job], enough: Callable[[], bool], timeout: float | None
+    ) -> bool:  # fmt: skip
         job.body.waits = True
         if rest:  # what was to be called after it goes back to the node
             self._unbegin(list(rest))

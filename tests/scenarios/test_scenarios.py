@@ -422,6 +422,19 @@ def test_async_actors_interleave(world: World) -> None:
     world(program)
 
 
+def test_a_coroutine_returns_a_large_array(world: World) -> None:
+    @trio_ray.remote
+    async def later(size: int) -> np.ndarray[Any, Any]:
+        await trio.sleep(0.01)
+        return np.ones(size)
+
+    async def program(cluster: trio_ray.Cluster) -> None:
+        arrays = await cluster.gather([later.remote(100_000) for _ in range(3)])
+        assert [len(array) for array in arrays] == [100_000] * 3
+
+    world(program)
+
+
 def test_nurseries_within_tasks(world: World) -> None:
     @trio_ray.remote
     def plain() -> int:

@@ -161,6 +161,18 @@ def test_async_tasks_sleep_on_simulated_time() -> None:
     assert report.makespan_s == pytest.approx(100.0)
 
 
+def test_a_coroutine_may_block() -> None:
+    async def blocks() -> int:
+        session = context.current().session
+        ref = session.put(context.current(), zeros(500_000))
+        return int(get([make_remote_function(length, {}).remote(ref)])[0])
+
+    async def main(cluster: Cluster) -> int:
+        return int(await cluster.submit(blocks))
+
+    assert simulate.run(main, cpus=1).result == 500_000
+
+
 def test_the_clocks_agree() -> None:
     async def main(cluster: Cluster) -> None:
         began = cluster.now()
