@@ -259,15 +259,15 @@ class NodeMachine:
     # -- processes ---------------------------------------------------------------------------------------------
 
     def _process_connected(self, event: ProcessConnected) -> None:
-        self.tasks.processes[event.process] = event.shares_memory
+        self.tasks.delivery.processes[event.process] = event.shares_memory
         if event.role == "worker":
             self.scheduler.worker_connected(event.process, event.number, event.pid)
 
     def _process_lost(self, event: ProcessLost) -> None:
         process = event.process
-        if self.tasks.processes.pop(process, None) is None:
+        if self.tasks.delivery.processes.pop(process, None) is None:
             return
-        self.tasks.ready.pop(process, None)
+        self.tasks.delivery.ready.pop(process, None)
         for transfer, (owner, _) in list(self._puts.items()):
             if owner == process:
                 del self._puts[transfer]
@@ -332,7 +332,7 @@ class NodeMachine:
             self._effects.append(Send(source, CreateFailed(object_id, "")))
             return
         transfer = 0
-        if not self.tasks.processes.get(source, True):
+        if not self.tasks.delivery.processes.get(source, True):
             transfer = self.transfers.new_transfer()
             self._puts[transfer] = (source, object_id)
             self._effects.append(OpenWindow(source, transfer, entry.offset, message.size))
@@ -454,7 +454,7 @@ class NodeMachine:
             for task in self.tasks.actors.located(info.actor_id, info.state, info.node, info.reason):
                 self.tasks.admit(task)
             if info.state == ActorState.RESTARTING and here is None and not info.node:
-                self.tasks.restart_elsewhere(info)
+                self.losses.restart_elsewhere(info)
 
     def _kill_actor(self, source: Address, message: KillActor) -> None:
         actor = self.tasks.actors.local.get(message.actor_id)
@@ -522,7 +522,7 @@ class NodeMachine:
         self._effects.append(Send(to, ControlQuery(source, message.number, message.subject, message.argument)))
 
     def _control_answer(self, source: Address, message: ControlAnswer) -> None:
-        if message.process in self.tasks.processes:
+        if message.process in self.tasks.delivery.processes:
             self._effects.append(Send(message.process, Answer(message.number, message.body, message.error)))
 
     def counters(self) -> dict[str, float | int | str]:
@@ -547,6 +547,7 @@ class NodeMachine:
         self.scheduler.validate()
         self.transfers.validate()
         self.tasks.validate()
-        assert not self.table.updates and not self.tasks.ready and not self.tasks.finished, "a batch was not sent"
+        assert not self.table.updates and not self.tasks.finished, "a batch was not sent"
+        assert not self.tasks.delivery.ready, "a batch was not sent"
 
 

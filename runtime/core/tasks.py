@@ -12,18 +12,16 @@ from functools import partial
 import msgspec
 
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.actors import Actors, LocalActor
+from trio_ray.runtime.core.actors import Actors
 from trio_ray.runtime.core.effects import AnyEffect, Send
 from trio_ray.runtime.core.messages import (
     PLACEMENT,
-    ActorInfo,
     ActorState,
     Address,
     AssignTasks,
     CallActors,
     Function,
     GetFunctions,
-    ObjectsReady,
     Output,
     PlaceTasks,
     PutFunctions,
@@ -36,6 +34,7 @@ from trio_ray.runtime.core.messages import (
     Where,
     control_address,
 )
+from trio_ray.runtime.core.objects.delivery import Delivery
 from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
 from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry, WorkerEntry
@@ -73,10 +72,7 @@ class Tasks:
         """Of the current step."""
         self.entries: dict[bytes, TaskEntry] = {}
         self.templates: dict[bytes, TemplateEntry] = {}
-        self.ready: dict[Address, list[Value]] = {}
-        """What processes wait for and this step made ready."""
-        self.streams: list[tuple[ObjectEntry, Address, int]] = []
-        """Objects to send, after ``ready``, to processes that share no memory with the node."""
+        self.delivery = Delivery(table, transfers)
         self.finished: dict[Address, list[TaskResult]] = {}
         """Results for the nodes that wait for them."""
         self.waiting = 0
@@ -85,8 +81,6 @@ class Tasks:
         self.unlogged: list[TaskEntry] = []
         self.cancelled: dict[bytes, None] = {}
         """Scopes that were cancelled: what arrives for them later is refused."""
-        self.processes: dict[Address, bool] = {}
-        """Connected processes, and whether they share memory with the node."""
         self.assignments = 0
         """How many tasks placement ever sent here."""
         self._forward: list[TaskEntry] = []
@@ -188,7 +182,7 @@ class Tasks:
         for index in range(count):
             entry = self._table.entries[ids.return_id(spec.task_id, index)]
             self._table.hold(entry, source)
-            self._push(source, entry)
+            self.delivery.tell(source, entry)
         return count > 0
 
     def assigned(self, message: AssignTasks | CallActors) -> None:
@@ -241,7 +235,11 @@ class Tasks:
                         failure = entry
                 else:
                     missing += 1
-                    self._await(entry, partial(self._input_ready, task))
+                    waiter = partial(self._input_ready, task)
+                    if entry.waiters is None:
+                        entry.waiters = [waiter]
+                    else:
+                        entry.waiters.append(waiter)
                     if ids.task_of(object_id) not in self.entries or entry.state == State.ELSEWHERE:
                         self._transfers.fetch(entry, self.now, self.effects)
             if failure is not None:
@@ -266,12 +264,6 @@ class Tasks:
             self._unuse_inputs(task)
         task.worker = None
         self.admit(task)
-
-    def _await(self, entry: ObjectEntry, waiter: Callable[[ObjectEntry], None]) -> None:
-        if entry.waiters is None:
-            entry.waiters = [waiter]
-        else:
-            entry.waiters.append(waiter)
 
     def _input_ready(self, task: TaskEntry, entry: ObjectEntry) -> None:
         if task.phase != Phase.WAITING:
@@ -349,7 +341,7 @@ class Tasks:
                         if spec.submitter in entry.holders:
                             if spec.submitter != submitter:
                                 submitter = spec.submitter
-                                ready = self.ready.setdefault(submitter, [])
+                                ready = self.delivery.ready.setdefault(submitter, [])
                             ready.append(Value(entry.object_id, Where.INLINE, payload, 0, entry.size))
                     events.append(
                         TaskEvent(
@@ -386,43 +378,6 @@ class Tasks:
         else:
             entry = entry or self._table.know(ids.return_id(task.spec.task_id, 0))
             entry.on_free = self._actor_freed
-
-    def restart_here(self, actor: LocalActor) -> bool:
-        """Construct an actor anew whose worker is gone, if it has restarts left; its waiting calls go on waiting.
-
-        One whose constructor took objects is not restarted: nothing kept them alive.
-        """
-        creation = actor.creation
-        if not creation.retries or actor.released or actor.verdict or creation.spec.inputs:
-            return False
-        actor.alive = False
-        self.actors.publish(creation, ActorState.RESTARTING, "")
-        self._create_again(creation.spec, creation.template, creation.origin, creation.retries - 1)
-        return True
-
-    def restart_elsewhere(self, info: ActorInfo) -> None:
-        """An actor of this node's died with its node and has restarts left: construct it anew on another one."""
-        if info.owner != self._node or info.creation is None or info.template is None:
-            return
-        if info.creation.inputs:
-            reason = f"the actor {info.class_name} died with its node, and what its constructor took is gone"
-            self.actors.publish_row(info, ActorState.DEAD, reason)
-            return
-        self.learn([info.template], [])
-        template = self.templates[info.template.template_id]
-        self._create_again(info.creation, template, "", info.template.max_retries)
-
-    def _create_again(self, spec: TaskSpec, template: TemplateEntry, origin: Address, retries: int) -> None:
-        if spec.task_id in self.entries:
-            return
-        task = self.entries[spec.task_id] = TaskEntry(spec, template, origin, self.now, retries)
-        if not origin:  # as at its submission: ``_let_go`` undoes it
-            for object_id in spec.borrowed:
-                self._table.pin(self._table.know(object_id))
-        if spec.task_id in self.actors.local:
-            self.admit(task)
-        else:
-            self.forward(task)
 
     def _actor_freed(self, entry: ObjectEntry) -> None:
         self.actors.released(ids.task_of(entry.object_id), self.effects)
@@ -466,44 +421,16 @@ class Tasks:
                     entry, State.INLINE, payload=payload, size=len(payload), error=failed, contained=output.contained
                 )
             if spec.submitter in entry.holders:
-                self._push(spec.submitter, entry)
+                self.delivery.tell(spec.submitter, entry)
 
     def wait(self, process: Address, object_ids: list[bytes], fetch: bool) -> None:
         """A process wants to know when objects are ready and, with ``fetch``, to have them here."""
         for object_id in object_ids:
             entry = self._table.know(object_id)
-            if entry.local or (entry.state == State.ELSEWHERE and not fetch):
-                self._hand_over(process, fetch, entry)
-                continue
-            self._await(entry, partial(self._hand_over, process, fetch))
-            if entry.state == State.ELSEWHERE or ids.task_of(object_id) not in self.entries:
+            if not self.delivery.want(process, entry, fetch=fetch) and (
+                entry.state == State.ELSEWHERE or ids.task_of(object_id) not in self.entries
+            ):
                 self._transfers.fetch(entry, self.now, self.effects)
-
-    def _hand_over(self, process: Address, fetch: bool, entry: ObjectEntry) -> None:
-        shares_memory = self.processes.get(process)
-        if shares_memory is None:
-            return
-        if entry.state != State.SHARED or not fetch:
-            self._push(process, entry)
-        elif shares_memory:
-            self.ready.setdefault(process, []).append(self._table.value(entry, process))
-        else:
-            transfer = self._transfers.new_transfer()
-            value = Value(entry.object_id, Where.STREAMED, b"", transfer, entry.size)
-            self.ready.setdefault(process, []).append(value)
-            self.streams.append((entry, process, transfer))
-
-    def _push(self, process: Address, entry: ObjectEntry) -> None:
-        """Tell a process that an object is ready; a large one it can then ask for."""
-        if entry.state == State.INLINE:
-            value = Value(entry.object_id, Where.INLINE, entry.payload, 0, entry.size, entry.error)
-        else:
-            value = Value(entry.object_id, Where.ELSEWHERE, b"", 0, entry.size)
-        values = self.ready.get(process)
-        if values is None:
-            self.ready[process] = [value]
-        else:
-            values.append(value)
 
     def _finish_for(self, task: TaskEntry, result: TaskResult, process: Address) -> None:
         """Results of another node's task: small plain ones move there, the others stay here and are reported."""
@@ -566,7 +493,7 @@ class Tasks:
                         contained=output.contained,
                     )  # fmt: skip
                 if task.spec.submitter in entry.holders:
-                    self._push(task.spec.submitter, entry)
+                    self.delivery.tell(task.spec.submitter, entry)
             if kind == Kind.ACTOR_CREATION:
                 self._creation_elsewhere(task, source, failed)
             self._let_go(task)
@@ -642,14 +569,7 @@ class Tasks:
                 specs = [task.spec for task in forward]
                 effects.append(Send(PLACEMENT, PlaceTasks(specs, list(templates.values()))))
         self.actors.flush(effects, self.export)
-        if self.ready:
-            for process, values in self.ready.items():
-                if process in self.processes:
-                    effects.append(Send(process, ObjectsReady(values)))
-            self.ready = {}
-        for entry, process, transfer in self.streams:
-            self._transfers.stream(entry, process, transfer, effects)
-        self.streams.clear()
+        self.delivery.flush(effects)
 
     def export(self, task: TaskEntry) -> None:
         """What the task refers to is about to be known on another node."""

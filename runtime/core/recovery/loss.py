@@ -4,12 +4,13 @@ A task whose worker died runs again while it has retries left; the ones behind i
 simply go back. A task that was forwarded to a node that died is placed again by the node that owns it.
 """
 
-from trio_ray.runtime.core.messages import Address
+from trio_ray.runtime.core.actors import LocalActor
+from trio_ray.runtime.core.messages import ActorInfo, ActorState, Address
 from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
 from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.recovery.cancellation import Cancellation
-from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry
-from trio_ray.runtime.core.spec import Kind
+from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry
+from trio_ray.runtime.core.spec import Kind, TaskSpec
 from trio_ray.runtime.core.tasks import Tasks, system_error
 
 
@@ -55,7 +56,7 @@ class Losses:
         tasks = self._tasks
         actor = tasks.actors.local[actor_id]
         name = actor.creation.template.template.name
-        if tasks.restart_here(actor):
+        if self._restart_here(actor):
             for task in had:
                 if task.phase == Phase.DONE or task.template.template.kind == Kind.ACTOR_CREATION:
                     continue
@@ -73,6 +74,43 @@ class Losses:
             if task.phase != Phase.DONE:
                 task.phase = Phase.WAITING
                 tasks.fail(task, "ActorDiedError", f"{task.template.template.name} failed: {reason}")
+
+    def _restart_here(self, actor: LocalActor) -> bool:
+        """Construct an actor anew whose worker is gone, if it has restarts left; its waiting calls go on waiting.
+
+        One whose constructor took objects is not restarted: nothing kept them alive.
+        """
+        creation = actor.creation
+        if not creation.retries or actor.released or actor.verdict or creation.spec.inputs:
+            return False
+        actor.alive = False
+        self._tasks.actors.publish(creation, ActorState.RESTARTING, "")
+        self._create_again(creation.spec, creation.template, creation.origin, creation.retries - 1)
+        return True
+
+    def restart_elsewhere(self, info: ActorInfo) -> None:
+        """An actor of this node's died with its node and has restarts left: construct it anew on another one."""
+        if info.owner != self._node or info.creation is None or info.template is None:
+            return
+        if info.creation.inputs:
+            reason = f"the actor {info.class_name} died with its node, and what its constructor took is gone"
+            self._tasks.actors.publish_row(info, ActorState.DEAD, reason)
+            return
+        self._tasks.learn([info.template], [])
+        template = self._tasks.templates[info.template.template_id]
+        self._create_again(info.creation, template, "", info.template.max_retries)
+
+    def _create_again(self, spec: TaskSpec, template: TemplateEntry, origin: Address, retries: int) -> None:
+        if spec.task_id in self._tasks.entries:
+            return
+        task = self._tasks.entries[spec.task_id] = TaskEntry(spec, template, origin, self._tasks.now, retries)
+        if not origin:  # as at its submission: ``_let_go`` undoes it
+            for object_id in spec.borrowed:
+                self._table.pin(self._table.know(object_id))
+        if spec.task_id in self._tasks.actors.local:
+            self._tasks.admit(task)
+        else:
+            self._tasks.forward(task)
 
     def peer_lost(self, peer: Address) -> None:
         """The link to another node broke: transfers over it will not end."""
