@@ -288,8 +288,8 @@ class SyncConnection:
                 self._drain_wakes()
             elif self._reading.acquire(blocking=False):
                 try:
-                    self._sleep(either, lambda: self.pending or bool(self._parked))
-                    if self._ready_poll.poll(0):
+                    self._sleep(either, lambda: self.pending or bool(self._parked) or self.flush_later is not None)
+                    if self.flush_later is None and self._ready_poll.poll(0):
                         self.read_now()
                 except RaySystemError:
                     return
@@ -331,6 +331,8 @@ class SyncConnection:
         self.flush_later = flush_later
         refs.wake_with(flush_later)
         self._wake_pump()
+        with self._reading:
+            pass  # the pump has let go, or sees that it is not to begin
 
     def read_if_free(self) -> None:
         """Take in what has arrived, unless another thread is about to."""

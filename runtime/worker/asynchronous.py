@@ -5,8 +5,10 @@ time; plain methods among them run in Trio's thread, between two steps of the ot
 """
 
 import inspect
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -36,24 +38,33 @@ class AsyncCalls:
         """A runner was told that there is something to begin, and has not looked yet."""
         self._scopes: dict[bytes, trio.CancelScope] = {}
         self._nursery: trio.Nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
 
     async def live(self, creation: TaskSpec, inputs: Inputs) -> None:
         """Construct the actor, then serve its calls until the process ends."""
         async with read_in_trio(self._connection), trio.open_nursery() as nursery:
             self._nursery = nursery
             await self.run(creation, inputs)
-            self._connection.on_tasks = self._begin
+            self._connection.on_tasks = partial(self._news, self._begin)
             self._begin()
             await trio.sleep_forever()
 
     async def run_one(self, spec: TaskSpec, inputs: Inputs) -> None:
         """Run one task."""
         async with read_in_trio(self._connection):
-            self._connection.on_tasks = self._interrupt
+            self._connection.on_tasks = partial(self._news, self._interrupt)
             try:
                 await self.run(spec, inputs)
             finally:
                 self._connection.on_tasks = _nothing
+
+    def _news(self, look: Callable[[], None]) -> None:
+        """Something arrived. A thread that a call started may have read it; looking is for Trio's own."""
+        if threading.get_ident() == self._thread:
+            look()
+        else:
+            self._token.run_sync_soon(look)
 
     def _begin(self) -> None:
         """Begin what may begin, and end what is to end."""
@@ -116,7 +127,7 @@ class AsyncCalls:
                 del args, kwargs
                 made = outputs(self._connection, spec, template, value)
                 del value
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 status, made = failure(template, error, executor.place)
         del self._scopes[spec.task_id]
         if scope.cancelled_caught:
@@ -133,12 +144,17 @@ def _nothing() -> None:
 
 def live_as_actor(executor: Executor, creation: TaskSpec, inputs: Inputs) -> None:
     """Go on as an actor with ``async def`` methods, until the node is gone (which ends the process)."""
-    calls = AsyncCalls(executor, executor.template(creation).max_concurrency)
-    trio.run(calls.live, creation, inputs)
+
+    async def live() -> None:
+        await AsyncCalls(executor, executor.template(creation).max_concurrency).live(creation, inputs)
+
+    trio.run(live)
 
 
 def run_task(executor: Executor, spec: TaskSpec, inputs: Inputs) -> None:
     """Run one ``async def`` task."""
-    calls = AsyncCalls(executor, 1)
-    run: Callable[..., Any] = calls.run_one
-    trio.run(run, spec, inputs)
+
+    async def run() -> None:
+        await AsyncCalls(executor, 1).run_one(spec, inputs)
+
+    trio.run(run)

@@ -24,7 +24,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 async def eventually(holds: Callable[[], bool], limit_s: float = 15.0) -> None:
     """Wait until something that happens in another process has."""
     with trio.fail_after(limit_s):
-        while not holds():  # noqa: ASYNC110 (what happens there sets no event here)
+        while not holds():
             await trio.sleep(0.005)
 
 
