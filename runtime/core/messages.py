@@ -217,7 +217,10 @@ class TasksDone(Message, frozen=True):
 
 
 class ReturnTasks(Message, frozen=True):
-    """A worker gives back tasks it has not begun: asked to (``TakeBack``), or because it is about to block."""
+    """A worker gives back tasks it has not begun: asked to (``TakeBack``), or because it is about to block.
+
+    From a node to the owner of tasks that were placed there: they found no room, and are to be placed anew.
+    """
 
     task_ids: list[bytes]
 
@@ -317,6 +320,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     assigned: int = -1
     """How many tasks placement ever assigned to this node (``AssignTasks`` specs received): tells placement which of
     its decisions this load already shows. -1: not counted."""
+    held: Resources = ()
+    """What actors hold for as long as they live."""
 
 
 class Heartbeat(Message, frozen=True):

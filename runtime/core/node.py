@@ -81,7 +81,7 @@ from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.recovery.cancellation import GRACE, Cancellation
 from trio_ray.runtime.core.recovery.lineage import WriteBehind
 from trio_ray.runtime.core.recovery.loss import Losses
-from trio_ray.runtime.core.scheduling.local import STALL_S, LocalScheduler, Phase, TemplateEntry
+from trio_ray.runtime.core.scheduling.local import STALL_S, STUCK_S, LocalScheduler, Phase, TemplateEntry
 from trio_ray.runtime.core.scheduling.policies.base import NodeView, Policy, PolicyError, TaskView
 from trio_ray.runtime.core.spec import Kind, TaskSpec, amounts
 from trio_ray.runtime.core.tasks import Tasks
@@ -212,6 +212,8 @@ class NodeMachine:
     def _close(self) -> list[AnyEffect]:
         effects, now = self._effects, self._now
         self.scheduler.dispatch(now, effects)
+        if self.scheduler.queued and self._others:
+            self._set_timer("stuck", now + STUCK_S)
         if self.scheduler.stalled:
             self._set_timer("balance", now + STALL_S)
         self.losses.unreachable_objects()
@@ -252,9 +254,19 @@ class NodeMachine:
             self.write_behind.write(self._effects)
         elif key == "deadline":
             self.cancellation.deadlines(self._effects)
+        elif key == "stuck":
+            if self._others:
+                self._place_stuck()
         elif key.startswith(GRACE):
             self.cancellation.grace_over(key.removeprefix(GRACE), self._effects)
         # "balance" and "heartbeat" only wake the machine: closing the step does the rest.
+
+    def _place_stuck(self) -> None:
+        stuck = self.scheduler.stuck()
+        if stuck:
+            self.scheduler.withdraw(stuck)
+            self._heartbeat(at_once=True)  # placement is to know before they reach it again
+            self.tasks.place_anew(stuck)
 
     # -- processes ---------------------------------------------------------------------------------------------
 
@@ -288,6 +300,8 @@ class NodeMachine:
         worker = self.scheduler.workers.get(source)
         if worker is not None:
             self.scheduler.returned(worker, message.task_ids)
+        elif source in self.nodes:
+            self.tasks.returned(source, message.task_ids)
 
     def _blocked(self, source: Address, message: Blocked) -> None:
         worker = self.scheduler.workers.get(source)
@@ -399,6 +413,7 @@ class NodeMachine:
         view = NodeView(
             self.info.node, scheduler.total, scheduler.available, scheduler.queued, scheduler.running,
             scheduler.mean_s, self.transfers.bandwidth, self._others, self._labels, 0, len(self.tasks.actors.local),
+            scheduler.held,
         )  # fmt: skip
         policy = self._policy
         try:

@@ -25,6 +25,7 @@ from trio_ray.runtime.core.messages import (
     Output,
     PlaceTasks,
     PutFunctions,
+    ReturnTasks,
     Status,
     SubmitTasks,
     TaskEvent,
@@ -555,6 +556,31 @@ class Tasks:
         """Let placement choose a node for the task."""
         task.phase, task.node = Phase.FORWARDED, ""
         self._forward.append(task)
+
+    def place_anew(self, tasks: list[TaskEntry]) -> None:
+        """Tasks withdrawn from the queues, for there is no room here: they go back to their owners, or to placement."""
+        returned: dict[Address, list[bytes]] = {}
+        for task in tasks:
+            if task.using:
+                self._unuse_inputs(task)
+            if task.origin:
+                del self.entries[task.spec.task_id]
+                returned.setdefault(task.origin, []).append(task.spec.task_id)
+            else:
+                self.forward(task)
+        for origin, task_ids in returned.items():
+            self.effects.append(Send(origin, ReturnTasks(task_ids)))
+
+    def returned(self, source: Address, task_ids: list[bytes]) -> None:
+        """Another node had no room for tasks of this one."""
+        for task_id in task_ids:
+            task = self.entries.get(task_id)
+            if task is None or task.phase != Phase.FORWARDED or task.node not in ("", source):
+                continue
+            if self.cancelled and self._is_cancelled(task.spec):
+                self.fail(task, "TaskCancelledError", f"{task.template.template.name} was cancelled on its way")
+            else:
+                self.forward(task)
 
     def flush(self) -> None:
         """Send what this step collected, but results for other nodes (they may have to wait for the ledger)."""

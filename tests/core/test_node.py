@@ -13,7 +13,9 @@ from trio_ray.runtime.core.messages import (
     CancelScope,
     CancelTasks,
     CreateObject,
+    Heartbeat,
     KillActor,
+    Load,
     NodesChanged,
     ObjectCreated,
     Output,
@@ -32,7 +34,7 @@ from trio_ray.runtime.core.messages import (
     WaitObjects,
     Where,
 )
-from trio_ray.runtime.core.spec import Kind, TaskSpec
+from trio_ray.runtime.core.spec import Kind, TaskSpec, resources
 
 NOOP = template("noop")
 
@@ -573,3 +575,52 @@ def test_a_node_alone_knows_what_is_available() -> None:
     harness.run()
     answer = driver.inbox[-1]
     assert isinstance(answer, Answer) and msgspec.msgpack.decode(answer.body) == {"CPU": 2.0}
+
+
+def test_what_waits_behind_an_actor_moves_to_a_node_that_has_room() -> None:
+    """Placement goes by loads that are old when they arrive: an actor may be sent where another has all, for life."""
+    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1}})
+    driver = harness.driver()
+    create = template("Renderer", kind=Kind.ACTOR_CREATION, resources={"GPU": 1})
+    busy = Load(9, 2, resources({"CPU": 0}), 1.0, assigned=0)
+    harness.deliver("placement", Received("n:2", Heartbeat(busy)))
+    harness.step()
+    creations = [driver.spec(create) for _ in range(2)]
+    driver.submit(*creations, templates=[create])
+    calls = driver.submit(*[driver.spec(CALL, actor=spec.task_id) for spec in creations], templates=[CALL])
+    harness.run()
+    assert len(harness.machines["n:1"].tasks.actors.local) == 1 and calls[1] not in driver.values
+    harness.advance(1.0)
+    assert [len(harness.machines[f"n:{i}"].tasks.actors.local) for i in range(3)] == [0, 1, 1]
+    assert not any(driver.values[call].error for call in calls)
+
+
+def test_tasks_do_not_wait_for_what_an_actor_holds() -> None:
+    harness = Harness(nodes=2)
+    driver = harness.driver()
+    driver.submit(*[driver.spec(NOOP) for _ in range(4)], templates=[NOOP])  # known to be short, so rather kept
+    harness.run()
+    create = template("Hog", kind=Kind.ACTOR_CREATION, num_cpus=2)
+    driver.submit(driver.spec(create), templates=[create])
+    harness.run()
+    assert harness.machines["n:0"].scheduler.held == {"CPU": 20_000}
+    refs = driver.submit(*[driver.spec(NOOP) for _ in range(50)], templates=[])
+    harness.run()
+    assert all(ref in driver.values for ref in refs), "at once"
+
+
+def test_a_stuck_queue_moves_only_if_another_node_has_room() -> None:
+    harness = Harness(nodes=2, cpus=1)
+    driver = harness.driver()
+    create = template("Hog", kind=Kind.ACTOR_CREATION, num_cpus=1)
+    hogs = [driver.spec(create) for _ in range(2)]
+    driver.submit(*hogs, templates=[create])
+    harness.run()
+    refs = driver.submit(*[driver.spec(NOOP) for _ in range(10)], templates=[NOOP])
+    before = len(harness.log)
+    harness.advance(10.0)
+    assert not any(ref in driver.values for ref in refs)
+    assert len(harness.log) - before < 2_000, "it goes round and round"
+    driver.send(ActorHandles([], [hogs[1].task_id]))
+    harness.advance(5.0)
+    assert all(ref in driver.values for ref in refs)

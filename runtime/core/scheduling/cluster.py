@@ -237,6 +237,7 @@ class ClusterView:
             state.labels,
             state.position,
             actors,
+            dict(load.held) if load is not None else {},
         )
 
     def candidates(self, shape: Resources) -> Candidates:

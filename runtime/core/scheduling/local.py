@@ -11,6 +11,7 @@ itself).
 
 from collections import deque
 from enum import IntEnum
+from itertools import islice
 
 import msgspec
 
@@ -27,6 +28,8 @@ MIN_TASK_S = 2e-5
 """What even an empty task costs a worker; means below it are its clock's noise."""
 STALL_S = 0.005
 """A worker that finishes nothing for so long, with tasks behind, gives them up when another idles."""
+STUCK_S = 0.25
+"""A queue that did not move for so long gives up some of its tasks, for placement to find them another node."""
 MEAN_WEIGHT = 0.2
 """Of the newest duration in the exponential average (the paper does not state its coefficient)."""
 
@@ -100,8 +103,8 @@ class TaskEntry(msgspec.Struct, gc=False, eq=False):
 class WorkerEntry:
     """A worker process."""
 
-    __slots__ = ("actor", "batch", "blocked", "functions", "inputs", "key", "number", "pid", "process", "progress_at",
-                 "running", "stopping", "taking_back", "templates")  # fmt: skip
+    __slots__ = ("actor", "batch", "blocked", "functions", "inputs", "key", "lasting", "number", "pid", "process",
+                 "progress_at", "running", "stopping", "taking_back", "templates")  # fmt: skip
 
     def __init__(self, process: Address, number: int, pid: int) -> None:
         self.process = process
@@ -110,6 +113,8 @@ class WorkerEntry:
         self.key: QueueKey | None = None
         """Its lease; None while idle."""
         self.actor: bytes | None = None
+        self.lasting = False
+        """Its lease is an actor's."""
         self.running: dict[bytes, TaskEntry] = {}
         """What it was given, in order; the first is (or is about to be) running."""
         self.batch: list[TaskSpec] = []
@@ -130,6 +135,8 @@ class LocalScheduler:
     def __init__(self, total: Resources, prestart: int, table: ObjectTable, functions: dict[bytes, Function]) -> None:
         self.total = dict(total)
         self.available = dict(total)
+        self.held: dict[str, int] = {}
+        """What actors hold, for as long as they live."""
         self.cpus = self.total.get("CPU", 0)
         self.queued = 0
         """Ready tasks that no worker has."""
@@ -150,6 +157,8 @@ class LocalScheduler:
         """Workers with something in their batch."""
         self.stalled = False
         """Some worker idles while another holds tasks it has not begun."""
+        self._first: dict[QueueKey, bytes] = {}
+        """The task at the front of each queue when ``stuck`` was last asked."""
 
     # -- workers -----------------------------------------------------------------------------------------------
 
@@ -219,6 +228,12 @@ class LocalScheduler:
         self._leased.get(key, {}).pop(worker.process, None)
         for name, units in key[1]:
             self.available[name] += units
+        if worker.lasting:
+            worker.lasting = False
+            for name, units in key[1]:
+                self.held[name] -= units
+                if not self.held[name]:
+                    del self.held[name]
 
     # -- tasks -------------------------------------------------------------------------------------------------
 
@@ -243,6 +258,23 @@ class LocalScheduler:
             kept = deque(task for task in self._queues[key] if task.spec.task_id not in ids)
             self.queued -= len(self._queues[key]) - len(kept)
             self._queues[key] = kept
+
+    def stuck(self) -> list[TaskEntry]:
+        """Tasks of queues that have not moved since this was last asked: another node may have room for them.
+
+        The last to have come, and a few at a time (twice what the node could ever run at once): it may be that no
+        other node has room either.
+        """
+        found: list[TaskEntry] = []
+        before, self._first = self._first, {}
+        for key, queue in self._queues.items():
+            if not queue:
+                continue
+            first = self._first[key] = queue[0].spec.task_id
+            if before.get(key) == first:
+                slots = min((self.total.get(name, 0) // units for name, units in key[0]), default=1)
+                found += reversed(list(islice(reversed(queue), 2 * max(1, slots))))
+        return found
 
     def give(self, worker: WorkerEntry, task: TaskEntry, now: float) -> None:
         """The worker is to run the task, after those it has."""
@@ -324,6 +356,9 @@ class LocalScheduler:
                 self.give(worker, task, now)
                 if template.template.kind == Kind.ACTOR_CREATION:  # it takes the worker for good
                     worker.actor = task.spec.task_id
+                    worker.lasting = True
+                    for name, units in key[1]:
+                        self.held[name] = self.held.get(name, 0) + units
                     break
 
     def _settle(self, now: float, effects: list[AnyEffect]) -> None:
@@ -410,7 +445,7 @@ class LocalScheduler:
         """What to tell placement; ``waiting`` tasks are here and lack inputs."""
         return Load(
             self.queued + waiting, self.running, tuple(sorted(self.available.items())), self.mean_s, bandwidth,
-            store_used, actors, assigned,
+            store_used, actors, assigned, tuple(sorted(self.held.items())) if self.held else (),
         )  # fmt: skip
 
     def validate(self) -> None:
@@ -420,12 +455,16 @@ class LocalScheduler:
             task.template.template.kind != Kind.ACTOR_CALL for w in self.workers.values() for task in w.running.values()
         )
         lent = dict(self.total)
+        held: dict[str, int] = {}
         for key, leased in self._leased.items():
             for process, worker in leased.items():
                 assert worker.key == key and self.workers.get(process) is worker
                 for name, units in key[1]:
                     if not (worker.blocked and name == "CPU"):
                         lent[name] -= units
+                    if worker.lasting:
+                        held[name] = held.get(name, 0) + units
+        assert held == self.held, f"actors hold {held}, not {self.held}"
         assert lent == self.available, f"{lent} should be available, {self.available} are"
         for process, worker in self._idle.items():
             assert worker.key is None and not worker.running and self.workers.get(process) is worker

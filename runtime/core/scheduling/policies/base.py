@@ -78,6 +78,8 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     """Counts the nodes in the order in which they joined."""
     actors: int = 0
     """Actors that live there, whatever they hold."""
+    held: Mapping[str, int] = {}
+    """What of its resources actors hold, for as long as they live."""
 
     @property
     def cpus(self) -> float:
@@ -85,11 +87,16 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
         return self.total.get(CPU, 0) / RESOURCE_UNIT
 
     def slots(self, shape: Resources) -> int:
-        """How many tasks of this shape run at once when nothing else does; 0 if the node can never run one.
+        """How many tasks of this shape run at once when nothing but the actors does; 0 if there is no room for any.
 
         A task that asks for nothing counts as one that asks for a CPU.
         """
-        return _slots(self.total, shape) if shape else max(1, self.total.get(CPU, 0) // RESOURCE_UNIT)
+        if not shape:
+            return max(1, self.total.get(CPU, 0) // RESOURCE_UNIT)
+        held = self.held
+        if not held:
+            return _slots(self.total, shape)
+        return max(0, min((self.total.get(name, 0) - held.get(name, 0)) // units for name, units in shape))
 
     def free_slots(self, shape: Resources) -> int:
         """How many tasks of this shape could start now; a task that asks for nothing counts as one CPU."""
@@ -108,7 +115,7 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
                 available[name] = max(0, available.get(name, 0) - tasks * units)
         return NodeView(
             self.node, self.total, available, self.queued + tasks, self.running, self.mean_task_s,
-            self.bandwidth_bytes_per_s, self.peers, self.labels, self.position, self.actors,
+            self.bandwidth_bytes_per_s, self.peers, self.labels, self.position, self.actors, self.held,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ task time, over the slots it has, plus the bytes of inputs that it lacks over it
 averages that the nodes report in heartbeats.
 """
 
+import math
 from collections.abc import Sequence
 
 from trio_ray.runtime.core.scheduling.policies.base import InputView, NodeView, ScoringPolicy, TaskView
@@ -36,11 +37,17 @@ def remote_bytes(node: NodeView, inputs: Sequence[InputView]) -> int:
 
 
 def queue_wait_s(task: TaskView, node: NodeView) -> float:
-    """How long a task would wait for resources at a node that can hold it; 0 if they are free."""
+    """How long a task would wait for resources at a node that can hold it; 0 if they are free.
+
+    Infinitely long where actors hold them: these do not end by themselves.
+    """
     if node.free_slots(task.placement) > 0:
         return 0.0
+    slots = node.slots(task.placement)
+    if not slots:
+        return math.inf
     mean = node.mean_task_s or task.mean_s or DEFAULT_MEAN_S
-    return (node.queued + 1) * mean / node.slots(task.placement)
+    return (node.queued + 1) * mean / slots
 
 
 class BottomUp(ScoringPolicy):
