@@ -88,7 +88,7 @@ def run(options: Options, progress: Progress) -> Result:
     facts = machine_facts()
     fitting = [1] if not options.real else [size for size in SIZES if size <= int(facts["cores"])]
     sizes = (SIZES[:5] if options.quick else SIZES) if options.simulated else ()
-    real_repeats, simulated_repeats = (5, 2) if options.quick else (30, 5)
+    real_repeats, simulated_repeats = (5, 2) if options.quick else (30, 10)
     total = len(fitting) + len(sizes)
     points: list[Point] = published("table4")
     runs: list[tuple[int, float]] = []
@@ -96,18 +96,19 @@ def run(options: Options, progress: Progress) -> Result:
     for done, cpus in enumerate(fitting):
         progress(done, total, f"measuring on {cpus} CPU{'s' * (cpus > 1)} of this machine")
         found = trio.run(measure, cpus, real_repeats, options)
-        for series, repeats in found.items():
+        for series, rounds in found.items():
             if options.real:
-                rates = [sum(steps for steps, _ in part) / took for took, part in repeats]
+                rates = [sum(steps for steps, _ in part) / took for took, part in rounds]
                 points.append(point(series, "measured", cpus, rates))
         if cpus == 1:
-            runs = [run for repeats in found.values() for _, part in repeats for run in part]
+            runs = [run for rounds in found.values() for _, part in rounds for run in part]
 
     seconds = np.array([took for _, took in runs])
     mean_steps = float(np.mean([steps for steps, _ in runs]))
     for done, cpus in enumerate(sizes, start=len(fitting)):
         progress(done, total, f"simulating {cpus} CPUs")
-        for series, rates in simulated(cpus, simulated_repeats, seconds, mean_steps, options).items():
+        repeats = max(simulated_repeats, 3 * simulated_repeats // cpus)  # few runs differ more
+        for series, rates in simulated(cpus, repeats, seconds, mean_steps, options).items():
             points.append(point(series, "simulated", cpus, rates))
 
     progress(total, total, "done")
@@ -121,7 +122,7 @@ def run(options: Options, progress: Progress) -> Result:
             "runs per CPU": RUNS_PER_CPU,
             "policy": options.policy,
             "seed": options.seed,
-            "repeats": {"measured": real_repeats, "simulated": simulated_repeats},
+            "repeats": {"measured": real_repeats, "simulated": f"{simulated_repeats}, more on few CPUs"},
         },
         figures={
             "seconds per timestep, one CPU": float(seconds.sum() / (mean_steps * len(runs))),
@@ -166,4 +167,4 @@ def simulated(
         seed=options.seed,
     )
     steps = RUNS_PER_CPU * cpus * mean_steps
-    return {series: [steps / took for took, _ in repeats] for series, repeats in report.result.items()}
+    return {series: [steps / took for took, _ in rounds] for series, rounds in report.result.items()}
