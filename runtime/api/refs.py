@@ -7,10 +7,12 @@ out of a value and dropping one is one ``append``, which is safe in any thread a
 
 import os
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_ray.runtime.core import ids
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["ObjectRef", "bind", "restore", "unbind", "wake_with"]
 

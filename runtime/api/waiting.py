@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from trio_ray.runtime.api.context import current
@@ -11,6 +10,8 @@ from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.core.waiter import Waiter
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from trio_ray.runtime.api.session import Session
 
 
@@ -74,6 +75,8 @@ class SessionWaiting:
 
     def future(self, ref: ObjectRef) -> "Future[Any]":
         """A future of the object's value, completed by whichever thread reads the news."""
+        from concurrent.futures import Future
+
         session = current().session
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()

@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,24 +13,32 @@ from trio_ray.runtime.api import context, refs
 from trio_ray.runtime.api.errors import AuthenticationError
 from trio_ray.runtime.api.session import Session
 from trio_ray.runtime.api.waiting import SessionWaiting
-from trio_ray.runtime.client.find import ADDRESS_VARIABLE, Place, find
-from trio_ray.runtime.client.sync import SyncConnection, connect
-from trio_ray.runtime.launch.local import LocalCluster
-from trio_ray.runtime.transport import handshake
-from trio_ray.runtime.transport.handshake import Hello
 
 if TYPE_CHECKING:
-    pass
+    # Imported by ``init`` and the like, so that a program that only declares remote functions starts fast.
+    from trio_ray.runtime.client.find import Place
+    from trio_ray.runtime.launch.local import LocalCluster
 
 
-class _Closes(Protocol):
-    def close(self) -> None: ...
+class Connection(Protocol):
+    """What a driver needs of its connection itself; all else goes through the session."""
+
+    def start_pump(self) -> None:
+        """Let a thread send and read what the program's threads do not."""
+
+    def close(self) -> None:
+        """Leave the node."""
+
+    def abandon(self) -> None:
+        """In a forked child: forget the connection without ending it."""
 
 
 class Driver:
     """The process's part in a cluster, and what it started for it."""
 
-    def __init__(self, session: Session, connection: _Closes, cluster: LocalCluster | None, place: Place) -> None:
+    def __init__(
+        self, session: Session, connection: Connection, cluster: "LocalCluster | None", place: "Place"
+    ) -> None:
         self.session = session
         self.connection = connection
         self.cluster = cluster
@@ -124,17 +133,19 @@ def cluster_options(
     }  # fmt: skip
 
 
-def connect_to(place: Place, cluster: LocalCluster | None, namespace: str) -> Driver:
+def connect_to(place: "Place", cluster: "LocalCluster | None", namespace: str) -> Driver:
     """Enter a cluster, from a plain thread. Raises ConnectionError and AuthenticationError with a sentence."""
+    from trio_ray.runtime.client.sync import SyncConnection, connect
+    from trio_ray.runtime.transport import handshake
+    from trio_ray.runtime.transport.handshake import Hello
+
     hello = Hello("driver", os.getpid(), shares_memory=place.address.startswith("unix:"))
     try:
         if place.address.startswith("ws"):
             from trio_ray.runtime.client.trio_link import BackgroundTrio, RemoteSession
 
-            background: BackgroundTrio = BackgroundTrio(place.address, place.secret, hello)
-            return Driver(
-                RemoteSession(background.connection, namespace=namespace), background, cluster, place
-            )  # fmt: skip
+            background = BackgroundTrio(place.address, place.secret, hello)
+            return Driver(RemoteSession(background.connection, namespace=namespace), background, cluster, place)
         connection = connect(SyncConnection, place.address, place.secret, hello)
     except handshake.AuthenticationError as error:
         raise AuthenticationError(f"{place.shown}: {error}") from None
@@ -167,6 +178,8 @@ def init(
         )
     if runtime_env:
         raise ValueError("runtime_env is not available in this version; call init() without it")
+    from trio_ray.runtime.client.find import ADDRESS_VARIABLE, Place, find
+
     if address is None:
         address = os.environ.get(ADDRESS_VARIABLE) or None
     cluster = None
@@ -175,7 +188,11 @@ def init(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, labels=labels,
             object_store_memory=object_store_memory, nodes=nodes, policy=policy,
         )  # fmt: skip
+        from trio_ray.runtime.launch.local import LocalCluster
+
         cluster = LocalCluster.begin(**options)
+        for name in ("trio_ray.runtime.client.sync", "cloudpickle"):
+            import_module(name)  # needed next; the head takes longer to start
         head = cluster.finish().head
         place = Place(head.unix, bytes.fromhex(cluster.secret), head.tcp)
     else:
@@ -195,8 +212,7 @@ def init(
             cluster.stop()
         raise
     driver.enter()
-    if isinstance(driver.connection, SyncConnection):
-        driver.connection.start_pump()
+    driver.connection.start_pump()
     return ClientContext(driver)
 
 
@@ -215,8 +231,7 @@ def _forget_after_fork() -> None:
     """A forked child has no connection of its own; what it inherited is the parent's."""
     global _driver
     if _driver is not None:
-        if isinstance(_driver.connection, SyncConnection):
-            _driver.connection.abandon()
+        _driver.connection.abandon()
         _driver = None
         context.set_process(None)
         refs.unbind()

@@ -248,6 +248,13 @@ class BackgroundTrio:
                 self._connected.set()
                 await connection.read_forever()
 
+    def start_pump(self) -> None:
+        """Nothing to do: the thread is one."""
+
+    def abandon(self) -> None:
+        """In a forked child, which has no such thread."""
+        self.connection.core.failure = "this process was forked from one that uses trio_ray"
+
     def close(self) -> None:
         """Leave the node and end the thread."""
         self.connection.lost("this process has left the cluster (trio_ray.shutdown)")
