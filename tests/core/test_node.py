@@ -29,6 +29,7 @@ from trio_ray.runtime.core.messages import (
     SubmitTasks,
     TakeBack,
     TaskResult,
+    TasksDone,
     TasksPlaced,
     Unpin,
     WaitObjects,
@@ -283,6 +284,27 @@ def test_a_blocked_worker_lends_its_cpu() -> None:
     harness.hold = False
     harness.run()
     assert harness.machines["n:0"].scheduler.available == {"CPU": 10_000}
+
+
+def test_a_worker_that_goes_on_is_not_one_too_many_for_long() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    harness.hold = True
+    driver.submit(*[driver.spec(NOOP) for _ in range(4)], templates=[NOOP])
+    harness.run()
+    waits = next(worker for worker in harness.workers.values() if worker.queue)
+    harness.deliver("n:0", Received(waits.process, Blocked(True)))
+    harness.run()
+    other = next(worker for worker in harness.workers.values() if worker.queue and worker is not waits)
+    harness.deliver("n:0", Received(waits.process, Blocked(False)))
+    harness.run()
+    spec = other.queue.popleft()
+    harness.deliver("n:0", Received(other.process, TasksDone([ok(spec)])))
+    harness.run()
+    assert not other.queue, "it was given another task while the CPU is in use"
+    harness.hold = False
+    harness.run()
+    assert len(driver.values) == 4
 
 
 def test_unstarted_tasks_are_taken_back_from_a_stalled_worker() -> None:

@@ -330,7 +330,9 @@ class LocalScheduler:
             worker = idle.popitem()[1]
             self._begin_lease(worker, key)
             takers.append(worker)
-        for worker in self._leased.get(key, {}).values():
+        # A worker that was blocked takes its CPU back even if it is lent out: until somebody is done, leases only end.
+        overcommitted = bool(key[1]) and self.available.get("CPU", 0) < 0
+        for worker in () if overcommitted else self._leased.get(key, {}).values():
             held = len(worker.running)
             if worker.blocked or worker.actor is not None or worker.taking_back or worker.stopping:
                 continue
