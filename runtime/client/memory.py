@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+from trio_ray.runtime.api.errors import RaySystemError
 from trio_ray.runtime.api.link import Payload
 
 MADV_POPULATE_WRITE = 23
@@ -42,6 +43,10 @@ class SharedMemory:
         self._address = ctypes.addressof(anchor)
         self._warm = bytearray(-(-size // mmap.PAGESIZE))
         """A byte a page: whether this process has touched it. To ask the kernel costs a tenth of the copy."""
+        self._writing = threading.Lock()
+        self._writers = 0
+        """Threads that are writing."""
+        self._closed = False
         libc = ctypes.CDLL(None, use_errno=True)
         self._madvise: Any = libc.madvise
         self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -65,6 +70,27 @@ class SharedMemory:
 
     def write(self, offset: int, parts: list[tuple[int, Payload]], size: int, *, threads: int = 0) -> None:
         """Write an object's parts at ``offset``, with so many copying threads (0: one, two for large objects)."""
+        with self._writing:
+            if self._closed:
+                raise RaySystemError("this process has left the cluster while an object was being written")
+            self._writers += 1
+        try:
+            self._write(offset, parts, size, threads)
+        finally:
+            with self._writing:
+                self._writers -= 1
+
+    def close(self) -> None:
+        """Give the memory back, if no view of it is out: otherwise it goes with the last of them."""
+        with self._writing:
+            self._closed = True
+            if not self._writers:
+                try:
+                    self._map.close()
+                except BufferError:
+                    pass
+
+    def _write(self, offset: int, parts: list[tuple[int, Payload]], size: int, threads: int) -> None:
         threads = threads or (2 if size >= TWO_THREADS_BYTES else 1)
         share = -(-size // threads // mmap.PAGESIZE) * mmap.PAGESIZE or mmap.PAGESIZE
         begin = offset - offset % mmap.PAGESIZE  # threads meet at page boundaries
@@ -91,8 +117,8 @@ class SharedMemory:
                 self._copy(start, part, start - offset - place, stop - start)
 
     def _copy(self, to: int, part: Payload, at: int, count: int) -> None:
-        if type(part) is bytes:
-            ctypes.memmove(self._address + to, part[at : at + count] if at or count < len(part) else part, count)
+        if type(part) is bytes and count == len(part):
+            ctypes.memmove(self._address + to, part, count)
             return
         view = memoryview(part)
         if view.readonly:

@@ -492,6 +492,10 @@ class SyncConnection:
             self._pump.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
+        self.core.owners.clear()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None  # views that are out keep the mapping, not us
 
     def abandon(self) -> None:
         """In a forked child: forget the parent's connection without ending it."""

@@ -319,3 +319,28 @@ ray.wait([ref], timeout=1)
 """
     out, err = finish(start(tmp_path, program))
     assert (out, err) == ("out of a task\n", "")
+
+
+def test_views_outlive_the_session_and_nothing_else_does(tmp_path: Path) -> None:
+    program = """
+import gc
+import numpy as np, trio_ray as ray
+
+def mapped():
+    with open("/proc/self/maps") as lines:
+        return sum("memfd:" in line for line in lines)
+
+gc.disable()
+ray.init(num_cpus=1)
+ref = ray.put(np.arange(100_000.0))
+view = ray.get(ref)[5:8]
+ray.shutdown()
+print(mapped(), view.tolist())
+ray.init(num_cpus=1)
+other = ray.put(np.arange(100_000.0))
+ray.get(other)
+ray.shutdown()
+print(mapped())
+"""
+    out, err = finish(start(tmp_path, program))
+    assert (out, err) == ("1 [5.0, 6.0, 7.0]\n1\n", "")
