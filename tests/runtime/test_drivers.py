@@ -189,8 +189,7 @@ def test_a_driver_takes_its_own_cluster_along(tmp_path: Path, end: str) -> None:
     facts = tmp_path / "pids"
     process = start(tmp_path, OWN_CLUSTER + last, str(facts))
     eventually(lambda: facts.exists() and len(facts.read_text().split()) == 3)
-    if end == "interrupt":
-        time.sleep(0.1)  # let it begin to wait; any moment must do
+    if end == "interrupt":  # wherever it is by now
         process.send_signal(signal.SIGINT)
     elif end == "kill":
         process.send_signal(signal.SIGKILL)
@@ -344,3 +343,42 @@ print(mapped())
 """
     out, err = finish(start(tmp_path, program))
     assert (out, err) == ("1 [5.0, 6.0, 7.0]\n1\n", "")
+
+
+def node_pid() -> int:
+    from trio_ray.runtime.client import driver
+
+    assert driver._driver is not None and driver._driver.cluster is not None
+    return driver._driver.cluster._nodes[0].pid
+
+
+def test_a_lost_node_is_an_error_for_who_waits() -> None:
+    with ray.init(num_cpus=1):
+        ref = ray.remote(time.sleep).remote(600)
+        future = ref.future()
+        os.kill(node_pid(), signal.SIGKILL)
+        with pytest.raises(exceptions.RaySystemError, match="lost"):
+            ray.get(ref)
+        with pytest.raises(exceptions.RaySystemError, match="lost"):
+            future.result(timeout=10)
+        with pytest.raises(exceptions.RaySystemError, match="lost"):
+            ray.get(double.remote(1))
+    assert not ray.is_initialized()
+
+
+async def test_a_lost_node_is_an_error_for_trio_tasks() -> None:
+    with LocalCluster.begin(resources={"CPU": 1.0}) as local:
+        file = await trio.to_thread.run_sync(local.finish)
+        async with ray.connect(file.head.tcp) as joined:
+            ref = joined.submit(time.sleep, 600)
+            waiting = trio.Event()
+
+            async def wait() -> None:
+                waiting.set()
+                with pytest.raises(exceptions.RaySystemError, match="lost"):
+                    await ref
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await waiting.wait()
+                os.kill(file.head.pid, signal.SIGKILL)
