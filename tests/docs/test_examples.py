@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/getting-started.md", "docs/simulation.md")
+PAGES = ("README.md", "docs/api.md", "docs/getting-started.md", "docs/simulation.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"^import trio_ray|^from trio_ray", re.MULTILINE)
 """Blocks that do not import trio_ray are fragments that lean on the one before."""
