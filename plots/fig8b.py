@@ -26,6 +26,7 @@ def draw(result: Result) -> Figure:
     few = [point for point in result.points if point.world != "paper" and point.x <= 3]
     if few:
         right.set_xlim(0, max(point.x for point in few) * 1.05)
+        right.set_xticks(sorted({point.x for point in few}))
         right.set_ylim(0, max(point.y for point in few) * thousands * 1.15)
     left.set_ylim(bottom=0)
     left.set_xlim(left=0)
