@@ -87,6 +87,11 @@ class Tasks:
         self._forward: list[TaskEntry] = []
         self._wanting_function: dict[bytes, list[TaskEntry]] = {}
         self._deadlines: list[tuple[float, bytes]] = []
+        table.expected = self._expects
+
+    def _expects(self, object_id: bytes) -> bool:
+        task = None if ids.is_put(object_id) else self.entries.get(ids.task_of(object_id))
+        return task is not None and not task.origin
 
     # -- arriving ----------------------------------------------------------------------------------------------
 

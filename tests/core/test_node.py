@@ -646,3 +646,37 @@ def test_a_stuck_queue_moves_only_if_another_node_has_room() -> None:
     driver.send(ActorHandles([], [hogs[1].task_id]))
     harness.advance(5.0)
     assert all(ref in driver.values for ref in refs)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_result_that_only_another_node_waits_for_is_kept(far: bool) -> None:
+    """A task hands out the reference of a task of its own, and lets go of it, before that one is done."""
+    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1} if far else {}})
+    driver, other = harness.driver(), harness.driver(1)
+    give = template("give", resources={"GPU": 1})
+    child = template("child", resources={"GPU": 1} if far else {})
+    giving, made = driver.spec(give), other.spec(child)
+    inner = ids.return_id(made.task_id, 0)
+    ran: list[str] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
+        if spec.task_id == made.task_id:
+            ran.append(worker.process)
+            return None if harness.now < 5.0 else ok(spec)
+        other.submit(made, templates=[child])
+        return ok(spec, b"refs", contained=(inner,))
+
+    harness.behave = behave
+    outer = driver.submit(giving, templates=[give])[0]
+    harness.advance(1.0)
+    driver.send(References([inner], []))
+    other.send(References([], [inner]))
+    driver.send(References([], [outer]))
+    harness.advance(3.0)
+    assert ran and inner not in driver.values
+    driver.send(WaitObjects([inner], fetch=True))
+    harness.advance(3.0)
+    assert driver.values[inner].payload == b"\x00N."
+    driver.send(References([], [inner]))
+    harness.advance(3.0)
+    assert [harness.machines[f"n:{i}"].table.entries for i in range(3)] == [{}, {}, {}]

@@ -93,6 +93,8 @@ class ObjectTable:
         self._unsealed: dict[Address, dict[bytes, ObjectEntry]] = {}
         """What each process is writing."""
         self._solo: dict[Address, tuple[Address, ...]] = {}
+        self.expected: Callable[[bytes], bool] = lambda object_id: False
+        """Whether an object will be made by an unfinished task that this node owns."""
 
     # -- holding -----------------------------------------------------------------------------------------------
 
@@ -155,6 +157,8 @@ class ObjectTable:
         if entry.held:
             entry.held = False
             self.ledger.remove(entry.object_id)
+        if entry.exported and entry.state == State.PENDING and self.expected(entry.object_id):
+            return  # others may hold it: when it is made, the control store says whether anybody does
         if not entry.exported or entry.state in (State.PENDING, State.ELSEWHERE):
             self.discard_when_unused(entry)
 
