@@ -116,6 +116,8 @@ class AsyncCalls:
         started = time.monotonic()
         with trio.CancelScope() as scope:
             self._scopes[spec.task_id] = scope
+            if self._connection.worker.interrupted:  # perhaps before it began
+                self._interrupt()
             try:
                 value: Any = executor.target(template)
                 args, kwargs = arguments(self._connection, spec, inputs)

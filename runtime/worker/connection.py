@@ -113,18 +113,27 @@ class WorkerConnection(SyncConnection):
             signal.pthread_kill(self._main, signal.SIGINT)
         self.on_tasks()
 
+    def begins(self, task_id: bytes) -> None:
+        """The task is to run in the main thread; raises KeyboardInterrupt if it was to be ended before it began."""
+        self.running_id = task_id
+        if self.worker.interrupted:
+            self._interrupt_once()
+
+    def _interrupt_once(self) -> None:
+        if self.running_id and self.running_id in self.worker.interrupted:
+            self.running_id = b""  # a task that goes on nevertheless is not told again: its process will be killed
+            raise KeyboardInterrupt
+
     def _raise_due(self) -> None:
         if self._due and not self._inside:
             self._due = False
-            if self.running_id in self.worker.interrupted:
-                raise KeyboardInterrupt
+            self._interrupt_once()
 
     def _on_interrupt(self, number: int, frame: object) -> None:
-        if self.running_id and self.running_id in self.worker.interrupted:
-            if self._inside:
-                self._due = True
-            else:
-                raise KeyboardInterrupt
+        if self._inside:
+            self._due = True
+        else:
+            self._interrupt_once()
 
     def _lost(self, reason: str) -> None:
         if reason == INTERRUPTED:

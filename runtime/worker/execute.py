@@ -65,7 +65,7 @@ class Executor:
         try:
             try:
                 if interruptible:
-                    connection.running_id = spec.task_id
+                    connection.begins(spec.task_id)
                 function = self.target(template)
                 args, kwargs = arguments(connection, spec, inputs)
                 value = function(*args, **kwargs)

@@ -556,3 +556,24 @@ def test_many_small_objects_and_one_that_holds_them() -> None:
     back = ray.get(holder)
     del holder
     assert ray.get(back) == list(range(2000))
+
+
+def test_tasks_are_cancelled_at_whatever_moment() -> None:
+    @ray.remote(max_retries=0)
+    async def forever() -> None:
+        import trio
+
+        await trio.sleep_forever()
+
+    @ray.remote(max_retries=0)
+    def loop() -> None:
+        while True:
+            pass
+
+    for function in (forever, loop):
+        for steps in range(20):
+            ref = function.remote()
+            ray.wait([ref], timeout=0.0005 * steps)
+            ray.cancel(ref)
+            with pytest.raises(exceptions.TaskCancelledError):
+                ray.get(ref, timeout=20)
