@@ -108,7 +108,7 @@ def run(options: Options, progress: Progress) -> Result:
     mean_steps = float(np.mean([steps for steps, _ in runs]))
     for done, cpus in enumerate(sizes, start=len(fitting)):
         progress(done, total, f"simulating {cpus} CPUs")
-        repeats = max(simulated_repeats, 3 * simulated_repeats // cpus)  # few runs differ more
+        repeats = max(simulated_repeats, 30 * simulated_repeats // cpus)  # few runs differ more
         for series, rates in simulated(cpus, repeats, seconds, mean_steps, options).items():
             points.append(point(series, "simulated", cpus, rates))
 
