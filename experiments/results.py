@@ -117,7 +117,8 @@ def machine_facts() -> dict[str, str]:
 
 def command_line() -> str:
     """The command this process was started by, as a person would type it."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return " ".join(["trio-ray" if name == "main.py" else name, *sys.argv[1:]])
 
 
 def _installed(name: str) -> bool:
