@@ -571,10 +571,18 @@ class Tasks:
             if task.origin:
                 del self.entries[task.spec.task_id]
                 returned.setdefault(task.origin, []).append(task.spec.task_id)
+                self._expect_from_elsewhere(task)
             else:
                 self.forward(task)
         for origin, task_ids in returned.items():
             self.effects.append(Send(origin, ReturnTasks(task_ids)))
+
+    def _expect_from_elsewhere(self, task: TaskEntry) -> None:
+        """The task was to run here and will not: who waits here for its results has to have them fetched."""
+        for index in range(task.template.template.num_returns):
+            entry = self._table.entries.get(ids.return_id(task.spec.task_id, index))
+            if entry is not None and entry.waiters and not entry.local:
+                self._transfers.fetch(entry, self.now, self.effects)
 
     def returned(self, source: Address, task_ids: list[bytes]) -> None:
         """Another node had no room for tasks of this one."""

@@ -5,17 +5,22 @@ import pytest
 
 from tests.core.harness import Harness, Worker, ok, template
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.machine import Received
+from trio_ray.runtime.core.effects import Send
+from trio_ray.runtime.core.machine import Received, TimerFired
 from trio_ray.runtime.core.messages import (
     ActorHandles,
     Answer,
+    AssignTasks,
     Blocked,
     CancelScope,
     CancelTasks,
     CreateObject,
+    Function,
+    Functions,
     Heartbeat,
     KillActor,
     Load,
+    LocateObjects,
     NodesChanged,
     ObjectCreated,
     Output,
@@ -680,3 +685,23 @@ def test_a_result_that_only_another_node_waits_for_is_kept(far: bool) -> None:
     driver.send(References([], [inner]))
     harness.advance(3.0)
     assert [harness.machines[f"n:{i}"].table.entries for i in range(3)] == [{}, {}, {}]
+
+
+def test_a_task_given_back_is_awaited_from_elsewhere() -> None:
+    harness = Harness(nodes=2)
+    harness.run()
+    machine, driver = harness.machines["n:1"], harness.driver()
+    *before, maker = [driver.spec(NOOP) for _ in range(20)]
+    result = ids.return_id(maker.task_id, 0)
+    reader = driver.spec(NOOP, result)
+    specs = [*before, maker, reader]
+    function = Functions([Function(NOOP.function_id, "noop", b"f")])
+    arrived = [Received("control/0", function), Received("placement", AssignTasks("n:0", specs, [NOOP]))]
+    effects = machine.step(arrived, harness.now)
+    assert not [e for e in effects if isinstance(getattr(e, "message", None), LocateObjects)], "it is made here"
+    for _ in range(2):
+        effects = machine.step([TimerFired("stuck")], harness.now)
+        machine.validate()
+    messages = [e.message for e in effects if isinstance(e, Send)]
+    assert maker.task_id in next(m for m in messages if isinstance(m, ReturnTasks)).task_ids
+    assert [m.object_ids for m in messages if isinstance(m, LocateObjects)] == [[result]]
