@@ -345,7 +345,11 @@ class Host:
             )
 
     def _close_window(self, source: Address, effect: CloseWindow) -> None:
-        self._windows.pop(effect.transfer, None)
+        window = self._windows.pop(effect.transfer, None)
+        if window is not None:
+            source = window.source
+            for link in [self._links[source]] if source in self._links else self._peer_links.get(source, []):
+                link.forget(effect.transfer)
 
     def _send_bytes(self, source: Address, effect: SendBytes) -> None:
         link = self._links.get(effect.to) or self._peers.get(effect.to)

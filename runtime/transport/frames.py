@@ -151,6 +151,11 @@ class FrameReader:
                 raise ProtocolError(f"a frame of the unknown kind {kind}; is the peer a trio-ray process?")
         return done
 
+    def forget(self, transfer: int) -> None:
+        """The window of this transfer is closed: what is still to come of a frame under way is dropped."""
+        if self._target is not None and self._place[0] == transfer:
+            self._dropping, self._target = len(self._target), None
+
     def _data(self, size: int, done: list[memoryview | tuple[int, int]]) -> None:
         if size < _PLACE.size:
             raise ProtocolError("a data frame without a place for its bytes")

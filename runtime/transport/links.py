@@ -69,6 +69,7 @@ class Link(ABC):
     def __init__(self) -> None:
         self.window: Window = lambda transfer, position, size: None
         """Where data frames go; set by the owner."""
+        self._reader = FrameReader(self._window)
         self._control: deque[bytes | memoryview] = deque()
         self._bulk: deque[Bulk] = deque()
         self._wake = trio.Event()
@@ -105,6 +106,10 @@ class Link(ABC):
             return
         self._bulk.append(Bulk(transfer, data, done))
         self._kick()
+
+    def forget(self, transfer: int) -> None:
+        """The window of an incoming transfer is closed; nothing more is written where it was."""
+        self._reader.forget(transfer)
 
     def _kick(self) -> None:
         self._wake.set()
@@ -152,7 +157,6 @@ class SocketLink(Link):
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
-        self._reader = FrameReader(self._window)
         self._blocked = False
         """The socket did not take all: only the writer task sends until it has caught up."""
         self._chunk: deque[bytes | memoryview] = deque()
@@ -293,7 +297,6 @@ class WebSocketLink(Link):
     def __init__(self, connection: Any) -> None:
         super().__init__()
         self._connection = connection
-        self._reader = FrameReader(self._window)
         self._rest = memoryview(b"")
         """Of the message under way."""
         self._shaking = True

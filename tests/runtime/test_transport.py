@@ -96,6 +96,19 @@ def test_before_the_handshake_no_data_frames_are_taken() -> None:
         feed(FrameReader(lambda *_: None), data_header(1, 0, 5) + b"hello", [100])
 
 
+def test_a_window_that_closes_within_a_frame_takes_no_more() -> None:
+    arena = bytearray(100_000)
+    view = memoryview(arena)
+    reader = FrameReader(lambda transfer, position, size: view[position : position + size], MAX_CONTROL_BYTES)
+    stream = data_header(1, 0, 100_000) + b"x" * 100_000
+    assert feed(reader, stream[:50_000], [5000]) == []
+    written = arena.count(b"x")
+    reader.forget(2)
+    reader.forget(1)
+    assert feed(reader, stream[50_000:] + control_frame(b"next"), [5000]) == [b"next"]
+    assert 0 < written == arena.count(b"x")
+
+
 def handshake(dialler: Dialler, listener: Listener) -> None:
     to_listener: bytes | None = dialler.first
     while to_listener is not None:
