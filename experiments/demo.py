@@ -80,8 +80,9 @@ def show(folder: Path, profile: str | None = None) -> None:
         Panel(
             Text.from_markup(
                 "[bold]One program, two worlds.[/]\n"
-                "The policy training of the Ray paper's figure 3, in small: simulator actors swing up\n"
-                "Gymnasium's pendulum, an update task makes the next policy from their rollouts."
+                "The policy training of the Ray paper's figure 3, in small: simulator actors\n"
+                "swing up Gymnasium's pendulum, an update task makes the next policy of the\n"
+                "best they found."
             ),
             title="trio-ray",
             border_style="cyan",
@@ -93,6 +94,7 @@ def show(folder: Path, profile: str | None = None) -> None:
         with Live(page, console=console, refresh_per_second=8, transient=True):
             result = study(PLAN, SIZES, options, page.on_reward, page.on_progress)
     else:
+        console.print(f"starting {NODES} nodes, training, simulating; this takes half a minute\n")
         result = study(PLAN, SIZES, options, page.on_reward, page.on_progress)
 
     figures = result.figures
@@ -102,7 +104,7 @@ def show(folder: Path, profile: str | None = None) -> None:
     console.print(reward_table(page.rewards, PLAN.iterations))
     console.print(
         f"\n   In [bold]{figures['training_s']:.1f} s[/] the reward rose from [bold]{figures['first reward']:,.0f}[/] "
-        f"to [bold]{figures['last reward']:,.0f}[/]; 0 would be upright all the time.\n"
+        f"to [bold]{figures['last reward']:,.0f}[/] (0: always upright).\n"
         f"   {figures['rollouts']:,} rollouts of {figures['timesteps']:,} steps in all, "
         f"{figures['timesteps/s']:,.0f} a second.\n"
     )
@@ -115,7 +117,7 @@ def show(folder: Path, profile: str | None = None) -> None:
     faster = last.y / float(str(figures["timesteps/s"]))
     console.print(
         f"\n   On {last.x:.0f} CPUs it would make [bold]{last.y / 1e6:,.1f} million[/] steps a second, "
-        f"{faster:,.0f} times as many as here.\n"
+        f"{faster:,.0f} times those here.\n"
     )
     result.save(folder)
     picture = plot("training", folder)

@@ -55,6 +55,13 @@ def options(
     """Remote functions and actors on a cluster, and the same programs in simulation."""
 
 
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it was Ctrl-C; Trio wraps it in a group when it met tasks on its way."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(KeyboardInterrupt) is not None
+    return isinstance(error, KeyboardInterrupt)
+
+
 def run() -> None:
     """Entry point of the script."""
     try:
@@ -62,12 +69,14 @@ def run() -> None:
     except Stop as stop:
         print(f"trio-ray: {stop}", file=sys.stderr)
         sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print("trio-ray: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
+        print("trio-ray: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
