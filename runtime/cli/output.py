@@ -28,6 +28,8 @@ def sentence_of(error: BaseException) -> str:
     """What an error says, in one sentence; its kind, if it says nothing. Of a group the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used: {error.strerror}."
     said = str(error).strip() or type(error).__name__
     return said[0].upper() + said[1:] + ("" if said[-1] in ".!?" else ".")
 
