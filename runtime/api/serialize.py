@@ -4,7 +4,7 @@ The first byte of a payload tells its layout:
 
 - ``0x80`` a plain pickle (every pickle of protocol 2 or later begins so: nothing is copied to add or strip a header)
 - ``1``    a pickle whose buffers stand beside it, each at a multiple of 64 bytes, so that arrays are read in place
-- ``2``    an error of user code: a pickled ``RayTaskError``
+- ``2``    an error of user code: its text, which the core can read, and a pickled ``RayTaskError``
 - ``3``    an error of the system: msgpack of its class's name and a sentence
 
 Plain values take the C pickler. What it refuses (lambdas, local classes), and what it would pickle by a name that only
@@ -22,6 +22,7 @@ import msgspec
 
 from trio_ray.runtime.api import errors, refs
 from trio_ray.runtime.api.link import Payload
+from trio_ray.runtime.core import failures
 
 if TYPE_CHECKING:
     from pickle import PickleBuffer
@@ -177,7 +178,7 @@ def deserialize(payload: Payload) -> Any:
             at += size
         return _loads(view[start:end], buffers=buffers)
     if layout == USER_ERROR:
-        return _loads(memoryview(payload)[1:])
+        return _loads(failures.pickle_of(payload))
     if layout == SYSTEM_ERROR:
         kind, sentence = msgspec.msgpack.decode(memoryview(payload)[1:], type=tuple[str, str])
         return errors.system_error(kind, sentence)
@@ -195,4 +196,4 @@ def serialize_error(error: errors.RayTaskError) -> bytes:
     except Exception:
         bare = errors.RayTaskError(error.function_name, error.traceback_str, None, error.pid)
         data = _dumps(bare, 5)
-    return bytes((USER_ERROR,)) + data
+    return failures.user_error(error.traceback_str, data)

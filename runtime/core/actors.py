@@ -47,12 +47,14 @@ class LocalActor:
 class ActorView:
     """What this node knows of an actor it calls."""
 
-    __slots__ = ("node", "queue", "reason", "state", "watched")
+    __slots__ = ("kind", "node", "queue", "reason", "state", "watched")
 
     def __init__(self) -> None:
         self.state = ActorState.PENDING
         self.node: Address = ""
         self.reason = ""
+        self.kind = "ActorDiedError"
+        """The error of calls to it when it is dead."""
         self.watched = False
         self.queue: list[TaskEntry] = []
         """Calls that wait for the actor to be alive somewhere."""
@@ -95,7 +97,7 @@ class Actors:
         if view.state == ActorState.ALIVE:
             self._forward(task, view.node)
         elif view.state == ActorState.DEAD:
-            self._fail(task, "ActorDiedError", f"{task.template.template.name} failed: {view.reason}")
+            self._fail(task, view.kind, f"{task.template.template.name} failed: {view.reason}")
         else:
             view.queue.append(task)
         return False
@@ -110,9 +112,15 @@ class Actors:
         task.node = node
         self._calls.setdefault(node, []).append(task)
 
-    def located(self, actor_id: bytes, state: ActorState, node: Address, reason: str) -> list[TaskEntry]:
-        """An actor's row changed; answers with the calls that this node is to run itself."""
+    def located(
+        self, actor_id: bytes, state: ActorState, node: Address, reason: str, kind: str = ""
+    ) -> list[TaskEntry]:
+        """An actor's row changed; answers with the calls that this node is to run itself.
+
+        ``kind``: the error of calls to an actor that is dead, if it is not ``ActorDiedError``.
+        """
         view = self.views.setdefault(actor_id, ActorView())
+        view.kind = kind or view.kind
         view.state, view.node, view.reason = state, node, reason
         if state == ActorState.PENDING or state == ActorState.RESTARTING:
             return []

@@ -9,11 +9,10 @@ import heapq
 from collections.abc import Callable
 from functools import partial
 
-import msgspec
-
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.actors import Actors
 from trio_ray.runtime.core.effects import AnyEffect, Send
+from trio_ray.runtime.core.failures import kind_of, system_error, text_of
 from trio_ray.runtime.core.messages import (
     PLACEMENT,
     ActorState,
@@ -44,13 +43,6 @@ from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
 
 FIRST = ids.return_id(b"", 0)
 """What a task's id is followed by in the id of its first result."""
-SYSTEM_ERROR = b"\x03"
-"""First byte of a payload that holds an error of the system's own: a kind (the exception's name) and a sentence."""
-
-
-def system_error(kind: str, sentence: str) -> bytes:
-    """The payload of a system error."""
-    return SYSTEM_ERROR + msgspec.msgpack.encode([kind, sentence])
 
 
 class Tasks:
@@ -373,7 +365,7 @@ class Tasks:
                 self.actors.end_if_idle(actor, self.effects)
 
     def _constructed(self, worker: WorkerEntry, task: TaskEntry, result: TaskResult) -> None:
-        failed = "" if result.status == Status.OK else "it raised an exception"
+        failed = "" if result.status == Status.OK else _why(result)
         for call in self.actors.created(task, worker, failed, self.now):
             self.admit(call)
         entry = self._table.entries.get(ids.return_id(task.spec.task_id, 0))
@@ -501,13 +493,14 @@ class Tasks:
                 if task.spec.submitter in entry.holders:
                     self.delivery.tell(task.spec.submitter, entry)
             if kind == Kind.ACTOR_CREATION:
-                self._creation_elsewhere(task, source, failed)
+                self._creation_elsewhere(task, source, result)
             self._let_go(task)
         return unwanted
 
-    def _creation_elsewhere(self, task: TaskEntry, source: Address, failed: bool) -> None:
+    def _creation_elsewhere(self, task: TaskEntry, source: Address, result: TaskResult) -> None:
+        failed = result.status != Status.OK
         state = ActorState.DEAD if failed else ActorState.ALIVE
-        reason = f"the constructor of {task.template.template.name} failed" if failed else ""
+        reason = f"the constructor of {task.template.template.name} failed: {_why(result)}" if failed else ""
         for call in self.actors.located(task.spec.task_id, state, source, reason):
             self.admit(call)
 
@@ -542,8 +535,12 @@ class Tasks:
         if template.kind == Kind.ACTOR_CALL:
             self.actors.failed_waiting(task, self.now)
         elif template.kind == Kind.ACTOR_CREATION:
-            self.actors.publish(task, ActorState.DEAD, f"{template.name} could not be created")
-            self.actors.located(task.spec.task_id, ActorState.DEAD, "", f"{template.name} could not be created")
+            reason = f"{template.name} could not be created: {text_of(payload)}"
+            self.actors.publish(task, ActorState.DEAD, reason)
+            kind = kind_of(payload)
+            self.actors.located(
+                task.spec.task_id, ActorState.DEAD, "", reason, kind if kind == "ActorUnschedulableError" else ""
+            )
 
     def _is_cancelled(self, spec: TaskSpec) -> bool:
         scope = spec.scope
@@ -655,3 +652,8 @@ class Tasks:
             for object_id in task.spec.inputs:
                 assert object_id in self._table.entries, "an input was forgotten"
         self.actors.validate()
+
+
+def _why(result: TaskResult) -> str:
+    """What a failed constructor says."""
+    return text_of(result.outputs[0].payload) if result.outputs else "it was cancelled"

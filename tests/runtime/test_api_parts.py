@@ -14,7 +14,7 @@ from trio_ray.runtime.api import code, context, options, refs, serialize
 from trio_ray.runtime.api.errors import describe_failure, make_task_error, system_error
 from trio_ray.runtime.api.session import unpack_arguments
 from trio_ray.runtime.core.client import ClientCore
-from trio_ray.runtime.core.tasks import system_error as core_error
+from trio_ray.runtime.core.failures import system_error as core_error
 
 INLINE = 100 * 1024
 

@@ -5,13 +5,14 @@ simply go back. A task that was forwarded to a node that died is placed again by
 """
 
 from trio_ray.runtime.core.actors import LocalActor
+from trio_ray.runtime.core.failures import system_error
 from trio_ray.runtime.core.messages import ActorInfo, ActorState, Address
 from trio_ray.runtime.core.objects.table import ObjectEntry, ObjectTable, State
 from trio_ray.runtime.core.objects.transfer import Transfers
 from trio_ray.runtime.core.recovery.cancellation import Cancellation
 from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry, TemplateEntry
 from trio_ray.runtime.core.spec import Kind, TaskSpec
-from trio_ray.runtime.core.tasks import Tasks, system_error
+from trio_ray.runtime.core.tasks import Tasks
 
 
 class Losses:
