@@ -46,7 +46,7 @@ def returned(template: TaskTemplate, value: Any) -> Sequence[Any]:
         values = tuple(value)
     except TypeError:
         raise ValueError(
-            f"{template.name} is to return {count} values (num_returns), but returned a {type(value).__name__}"
+            f"{template.name} is to return {count} values (num_returns), but returned one {type(value).__name__}"
         ) from None
     if len(values) != count:
         raise ValueError(f"{template.name} is to return {count} values (num_returns), but returned {len(values)}")

@@ -109,6 +109,9 @@ class ClientContext(Mapping[str, Any]):
         return f"ClientContext({self.address_info['address']})"
 
 
+MIN_STORE_BYTES = 1 << 20
+
+
 def driver_paths() -> list[str]:
     """Where workers are to look for modules as this process does: the script's directory, added paths."""
     return [str(Path(entry or ".").absolute()) for entry in sys.path if Path(entry or ".").is_dir()]
@@ -123,12 +126,25 @@ def cluster_options(
     for name, amount in {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}.items():
         if amount is not None and (isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0):
             raise ValueError(f"{name} is a number of zero or more, not {amount!r}")
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise ValueError(f"nodes is a whole number of one or more, not {nodes!r}")
+    if object_store_memory is not None and not object_store_memory >= MIN_STORE_BYTES:
+        raise ValueError(
+            f"object_store_memory is the bytes of each node's object store, at least {MIN_STORE_BYTES:,}, not "
+            f"{object_store_memory!r}; leave it out for a share of this machine's memory"
+        )
+    for name, label in (labels or {}).items():
+        if not isinstance(name, str) or not isinstance(label, str):
+            raise ValueError(f"labels are strings by name, which {name!r}: {label!r} is not")
+    if not isinstance(policy, str):
+        raise ValueError(f"policy is the name of a scheduling policy, or 'module:Class', not {policy!r}")
     amounts: dict[str, float] = {name: float(amount) for name, amount in (resources or {}).items()}
     amounts["CPU"] = float(num_cpus if num_cpus is not None else os.cpu_count() or 1)
     if num_gpus:
         amounts["GPU"] = float(num_gpus)
     return {
-        "nodes": nodes, "resources": amounts, "labels": dict(labels or {}), "store_bytes": object_store_memory,
+        "nodes": nodes, "resources": amounts, "labels": dict(labels or {}),
+        "store_bytes": None if object_store_memory is None else int(object_store_memory),
         "policy": policy, "sys_path": driver_paths(),
     }  # fmt: skip
 

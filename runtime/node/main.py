@@ -127,7 +127,12 @@ def _run(settings: NodeSettings, template: socket.socket) -> None:
         ) from None
     port = tcp.getsockname()[1]
     tcp_address = f"tcp://{_reachable(settings)}:{port}"
-    arena = SharedArena(settings.store_bytes)
+    try:
+        arena = SharedArena(settings.store_bytes)
+    except OSError as error:
+        raise StartRefused(
+            f"an object store of {settings.store_bytes:,} bytes cannot be had ({error.strerror}); ask for a smaller one"
+        ) from None
     info = describe(settings, tcp_address)
 
     def welcome(process: Address, shares_memory: bool) -> Welcome:

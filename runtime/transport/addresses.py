@@ -34,7 +34,8 @@ def parse(address: str) -> Endpoint:
     if not colon:
         host, port = rest.rstrip("/"), str(DEFAULT_PORT)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+    odd = not host or not host.isprintable() or bool(set(host) & set(" /@?#"))
+    if odd or not port.isdecimal() or not 0 <= int(port) < 65536:
         raise ValueError(f"{address!r} is no address; write host:port, tcp://host:port or ws://host:port")
     return Endpoint(scheme, host, int(port))
 
