@@ -117,7 +117,10 @@ class Tasks:
                 needs = template.template.function_id
                 simple = template.simple and not self.cancelled and (not needs or needs in self._functions)
             first = task_id + FIRST
-            if task_id in entries or (first in objects and self._made_before(source, spec, template)):
+            if task_id in entries:
+                self._submitted_again(source, entries[task_id])
+                continue
+            if first in objects and self._made_before(source, spec, template):
                 continue
             task = entries[task_id] = TaskEntry(spec, template, "", now, template.template.max_retries)
             if template.template.num_returns == 1 and first not in objects:
@@ -167,6 +170,15 @@ class Tasks:
                     self.forward(task)
                 if not spec.inputs:
                     kept[spec.template] = left - 1 if left else 0
+
+    def _submitted_again(self, source: Address, task: TaskEntry) -> None:
+        """A parent that runs again submits a child that is still under way: its process now waits for the results."""
+        template = task.template.template
+        if task.origin and not task.retries:  # the node that owned it may be dead, but it is wanted after all
+            task.retries = template.max_retries
+        for index in range(template.num_returns):
+            entry = self._table.expect(ids.return_id(task.spec.task_id, index), source)
+            self.delivery.want(source, entry, fetch=False)
 
     def _made_before(self, source: Address, spec: TaskSpec, template: TemplateEntry) -> bool:
         """Whether a re-executed parent submits a child again whose results are still here."""

@@ -6,7 +6,7 @@ import pytest
 from tests.core.harness import Harness, Worker, ok, template
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import Send
-from trio_ray.runtime.core.machine import Received, TimerFired
+from trio_ray.runtime.core.machine import ProcessLost, Received, TimerFired
 from trio_ray.runtime.core.messages import (
     ActorHandles,
     Answer,
@@ -23,6 +23,7 @@ from trio_ray.runtime.core.messages import (
     LocateObjects,
     NodesChanged,
     ObjectCreated,
+    ObjectsReady,
     Output,
     PlaceTasks,
     Query,
@@ -705,3 +706,30 @@ def test_a_task_given_back_is_awaited_from_elsewhere() -> None:
     messages = [e.message for e in effects if isinstance(e, Send)]
     assert maker.task_id in next(m for m in messages if isinstance(m, ReturnTasks)).task_ids
     assert [m.object_ids for m in messages if isinstance(m, LocateObjects)] == [[result]]
+
+
+@pytest.mark.parametrize("origin", ["n:0", "n:1"], ids=["its own", "another node's"])
+def test_a_child_under_way_is_the_new_parents_too(origin: str) -> None:
+    """Its first parent died, with the process or the whole node that submitted it; the parent runs again here."""
+    harness = Harness(nodes=2)
+    harness.run()
+    machine, first, second = harness.machines["n:0"], harness.driver(), harness.driver()
+    spec = first.spec(NOOP, scope=ids.job_scope("n:1/1"))
+    submission = SubmitTasks([spec], [NOOP], [Function(NOOP.function_id, "noop", b"f")])
+    if origin == "n:0":
+        events = [Received(first.process, submission)]
+    else:
+        events = [
+            Received("control/0", Functions(submission.functions)),
+            Received("placement", AssignTasks("n:1", [spec], [NOOP])),
+        ]
+    effects = machine.step(events, harness.now)
+    (worker,) = (e.to for e in effects if isinstance(e, Send) and isinstance(e.message, RunTasks))
+    machine.step([ProcessLost(first.process)], harness.now)
+    machine.step([Received(second.process, submission)], harness.now)
+    machine.validate()
+    result = TaskResult(spec.task_id, Status.OK, (Output(b"\x00N.", -1, 3),))
+    effects = machine.step([Received(worker, TasksDone([result]))], harness.now)
+    machine.validate()
+    told = [e for e in effects if isinstance(e, Send) and isinstance(e.message, ObjectsReady)]
+    assert [(e.to, [value.payload for value in e.message.values]) for e in told] == [(second.process, [b"\x00N."])]
