@@ -145,6 +145,8 @@ class Harness:
         """While true, workers keep what they are given."""
         self.log: list[tuple[Address, AnyEffect]] = []
         self.dead: set[Address] = set()
+        self.deaf: set[Address] = set()
+        """Workers that do not hear an interrupt."""
         self.templates: dict[bytes, TaskTemplate] = {}
         for shard in range(shards):
             self.add(control_address(shard), ControlMachine(shard, shards))
@@ -217,7 +219,7 @@ class Harness:
                 back = [spec.task_id for spec in list(worker.queue)[1:] if spec.task_id in message.task_ids]
                 worker.queue = deque(spec for spec in worker.queue if spec.task_id not in back)
                 self.deliver(source, Received(to, ReturnTasks(back)))
-            elif isinstance(message, Interrupt):
+            elif isinstance(message, Interrupt) and to not in self.deaf:
                 hit = [spec for spec in worker.queue if spec.task_id in message.task_ids]
                 worker.queue = deque(spec for spec in worker.queue if spec.task_id not in message.task_ids)
                 results = [TaskResult(spec.task_id, Status.CANCELLED, ()) for spec in hit]

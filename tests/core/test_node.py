@@ -368,6 +368,20 @@ def test_cancelling_a_task_reaches_its_children() -> None:
     assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
 
 
+def test_a_task_that_does_not_end_when_cancelled_is_killed_and_counts_as_cancelled() -> None:
+    harness = Harness(cpus=1)
+    driver = harness.driver()
+    harness.hold = True
+    ref = driver.submit(driver.spec(NOOP), templates=[NOOP])[0]
+    harness.run()
+    worker = next(worker for worker in harness.workers.values() if worker.queue)
+    harness.deaf.add(worker.process)
+    driver.send(CancelTasks([ids.task_of(ref)]))
+    harness.advance(5.0)
+    assert worker.process not in harness.workers
+    assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
+
+
 CREATE = template("Counter", kind=Kind.ACTOR_CREATION, held=())
 CALL = template("Counter.add", kind=Kind.ACTOR_CALL, num_cpus=0)
 

@@ -108,6 +108,8 @@ class Cancellation:
         if stubborn:
             for task in stubborn:
                 task.retries = 0
+            # Remembered, so that they end as cancelled and not as crashed.
+            self._interrupted[process] = [task.spec.task_id for task in stubborn]
             effects.append(StopWorker(process, kill=True))
 
     def was_interrupted(self, process: Address) -> list[bytes]:
