@@ -172,7 +172,10 @@ class Session:
         for ref in wanted:
             value = self.read(ref)
             if not return_exceptions and isinstance(value, RayError) and self.is_error(ref):
-                raise value
+                try:
+                    raise value
+                finally:  # or it and this frame, with the references in it, would keep each other alive
+                    del value
             values.append(value)
         return values
 

@@ -66,7 +66,10 @@ async def value_in_trio(session: "Session", ref: ObjectRef) -> Any:
     await wait_in_trio(session, (ref,), 1, fetch=True)
     value = session.read(ref)
     if isinstance(value, RayError) and session.is_error(ref):
-        raise value
+        try:
+            raise value
+        finally:  # or it and this frame, with the references in it, would keep each other alive
+            del value
     return value
 
 

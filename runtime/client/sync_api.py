@@ -73,7 +73,10 @@ def get(
             raise GetTimeoutError(f"the object {object_refs.hex()} was not ready within {timeout} s")
         value = session.read(object_refs)
         if isinstance(value, RayError) and not return_exceptions and session.is_error(object_refs):
-            raise value
+            try:
+                raise value
+            finally:  # or it and this frame, with the references in it, would keep each other alive
+                del value
         return value
     if not isinstance(object_refs, (list, tuple)):
         raise ValueError(f"get() takes an ObjectRef or a list of them, not {object_refs!r}")

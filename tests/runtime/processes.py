@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -58,3 +59,9 @@ def ask(link: BlockingLink, subject: str, argument: str = "") -> object:
                 assert not message.error, message.error
                 return msgspec.msgpack.decode(message.body)
     raise AssertionError("no answer")
+
+
+def is_quiet(link: BlockingLink) -> bool:
+    """Whether the link's node has no task, no actor and no object."""
+    counters: Any = ask(link, "node")
+    return not any(counters[name] for name in ("actors", "queued", "running", "tasks", "objects", "store_used"))

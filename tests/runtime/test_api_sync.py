@@ -13,6 +13,7 @@ import pytest
 
 import trio_ray as ray
 from trio_ray import exceptions
+from trio_ray.runtime.api.context import current
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +144,6 @@ def test_the_store_is_freed_with_the_references() -> None:
     def used() -> int:
         import msgspec
 
-        from trio_ray.runtime.api.context import current
 
         return int(msgspec.msgpack.decode(current().session.link.ask("node"))["store_used"])
 
@@ -577,3 +577,22 @@ def test_tasks_are_cancelled_at_whatever_moment() -> None:
             ray.cancel(ref)
             with pytest.raises(exceptions.TaskCancelledError):
                 ray.get(ref, timeout=20)
+
+
+def test_an_error_lets_go_of_what_it_was_read_from() -> None:
+    """Without the help of the cycle collector, which may not run for long."""
+    import gc
+
+    session = current().session
+    gc.collect()
+    gc.disable()
+    try:
+        for what in (lambda: ray.get(fail.remote()), lambda: ray.get([square.remote(1), fail.remote()])):
+            session.link.flush()
+            before = dict(session.core.counts)
+            with pytest.raises(ValueError, match="no good"):
+                what()
+            session.link.flush()
+            assert session.core.counts == before
+    finally:
+        gc.enable()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import trio_ray as ray
-from tests.runtime.processes import enter, eventually, everything, processes
+from tests.runtime.processes import enter, eventually, everything, is_quiet, processes
 from trio_ray import exceptions
 from trio_ray.runtime.client import driver
 from trio_ray.runtime.launch import local
@@ -137,8 +137,6 @@ def test_a_crash_frees_what_the_worker_held(cluster: ClusterFile) -> None:
     for crash in (hold_and_crash, start_and_crash):
         with pytest.raises(exceptions.WorkerCrashedError):
             ray.get(crash.remote(), timeout=20)
-    from tests.runtime.test_workloads import is_quiet
-
     links = [enter(cluster, node.unix) for node in cluster.nodes]
     eventually(lambda: all(is_quiet(link) for link in links))
     for link in links:
@@ -257,17 +255,17 @@ def test_the_tasks_of_a_killed_node_run_again(tmp_path: Path) -> None:
 
         @ray.remote
         def work(i: int, folder: str) -> int:
-            """The first time on the node that is to die: wait for the end."""
-            mark = Path(folder) / str(i)
-            if node_of(os.getpid()) == victim.node:
-                mark.touch()
-                time.sleep(600)
-            time.sleep(0.02)
+            """Keep a CPU until the node is dead that is to die."""
+            (Path(folder) / node_of(os.getpid())).touch()
+            while not (Path(folder) / "dead").exists():
+                time.sleep(0.01)
             return i
 
         refs = [work.remote(i, str(tmp_path)) for i in range(30)]
-        eventually(lambda: any(tmp_path.iterdir()))
+        eventually((tmp_path / victim.node).exists)
         os.kill(victim.pid, signal.SIGKILL)
+        eventually(lambda: not local.is_alive(victim.pid))
+        (tmp_path / "dead").touch()
         assert ray.get(refs, timeout=30) == list(range(30))
         eventually(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
         assert ray.get([add.remote(i) for i in range(100)], timeout=20) == list(range(100))

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import trio_ray as ray
-from tests.runtime.processes import ask, enter, eventually
+from tests.runtime.processes import enter, eventually, is_quiet
 from trio_ray.runtime.client import driver
 from trio_ray.runtime.launch.local import ClusterFile
-from trio_ray.runtime.transport.blocking import BlockingLink
 
 NODES = 3
 CPUS = 2
@@ -39,12 +38,6 @@ def nothing_is_left(cluster: ClusterFile) -> Iterator[None]:
     finally:
         for link in links:
             link.close()
-
-
-def is_quiet(link: BlockingLink) -> bool:
-    """Whether a node has no task, no actor and no object."""
-    counters: Any = ask(link, "node")
-    return not any(counters[name] for name in ("actors", "queued", "running", "tasks", "objects", "store_used"))
 
 
 @ray.remote
