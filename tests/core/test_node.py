@@ -747,3 +747,38 @@ def test_a_child_under_way_is_the_new_parents_too(origin: str) -> None:
     machine.validate()
     told = [e for e in effects if isinstance(e, Send) and isinstance(e.message, ObjectsReady)]
     assert [(e.to, [value.payload for value in e.message.values]) for e in told] == [(second.process, [b"\x00N."])]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_a_dead_node_was_to_make_is_lost(waits: bool) -> None:
+    """It had handed out a reference to the result of a task of its own, and died before that one was done."""
+    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"TPU": 1}})
+    driver, other = harness.driver(), harness.driver(1)
+    give, child = template("give", resources={"GPU": 1}), template("child", resources={"TPU": 1})
+    giving, made = driver.spec(give), other.spec(child)
+    inner = ids.return_id(made.task_id, 0)
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
+        if spec.task_id == made.task_id:
+            return None
+        other.submit(made, templates=[child])
+        return ok(spec, b"refs", contained=(inner,))
+
+    harness.behave = behave
+    driver.submit(giving, templates=[give])
+    harness.advance(1.0)
+    driver.send(References([inner], []))
+    if waits:
+        driver.send(WaitObjects([inner], fetch=True))
+    harness.advance(1.0)
+    assert inner not in driver.values
+    harness.lose_node("n:1")
+    harness.advance(1.0)
+    if not waits:
+        driver.send(WaitObjects([inner], fetch=True))
+        harness.advance(1.0)
+    assert kind_of(driver.values[inner].payload) == "ObjectLostError"
+    driver.send(References([], [inner, ids.return_id(giving.task_id, 0)]))
+    harness.advance(20.0)
+    assert harness.machines["n:0"].table.entries == {}
+    assert harness.machines["control/0"].objects.rows == {}

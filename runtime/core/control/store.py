@@ -183,7 +183,7 @@ class ControlMachine:
         if message.added:
             objects.hold(source, message.added, check)
         if message.born:
-            objects.claim(message.born, check)
+            objects.claim(source, message.born, check)
         if message.removed:
             objects.unhold(source, message.removed, check)
         if message.number:
@@ -199,8 +199,17 @@ class ControlMachine:
                     self._locating.take(object_id)
 
     def _orphaned(self, key: str) -> None:
-        """No owner will tell of these any more: they go as soon as nobody holds them."""
-        self.objects.claim(self._orphans.pop(key, ()), self._check)
+        """No owner will tell of these any more: they are lost, and go as soon as nobody holds them."""
+        orphans = self._orphans.pop(key, [])
+        self._tell_lost(self.objects.unowned(orphans))
+        self.objects.claim("", orphans, self._check)
+
+    def _tell_lost(self, object_ids: list[bytes]) -> None:
+        """Tell the nodes concerned that nobody has these, nor will make them."""
+        for object_id in object_ids:
+            row = self.objects.rows[object_id]
+            concerned = dict.fromkeys((*(row.holds or ()), *self._locating.of(object_id)))
+            self._located.add_all(concerned, Location(object_id, row.size, ()))
 
     # -- tasks, events, functions ------------------------------------------------------------------------------
 
@@ -304,10 +313,7 @@ class ControlMachine:
             self._publish_nodes(NodesChanged([info]), alive)
         lost, check, unborn = self.objects.node_died(node)
         self._check += check
-        for object_id in lost:
-            entry = self.objects.rows[object_id]
-            concerned = dict.fromkeys((*(entry.holds or ()), *self._locating.of(object_id)))
-            self._located.add_all(concerned, Location(object_id, entry.size, ()))
+        self._tell_lost(lost)
         if unborn:
             self._deaths += 1
             key = f"{ORPHANS}{self._deaths}"

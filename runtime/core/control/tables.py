@@ -43,6 +43,8 @@ class ObjectRow(msgspec.Struct, gc=False):
     """Signed counts by node; none is zero."""
     born: bool = False
     """The owner's hold was counted."""
+    owner: Address = ""
+    """The node that told so: while no copy was reported, it is to make the object."""
 
 
 class ObjectTable:
@@ -110,14 +112,27 @@ class ObjectTable:
                     if not holds:
                         check.append(object_id)
 
-    def claim(self, owned: Iterable[bytes], check: list[bytes]) -> None:
-        """Their owner has told of these; those that nobody holds are added to ``check``."""
+    def claim(self, owner: Address, owned: Iterable[bytes], check: list[bytes]) -> None:
+        """``owner`` (empty: nobody will) has told of these; those that nobody holds are added to ``check``."""
         for object_id in owned:
             row = self.rows.get(object_id)
-            if row is not None and not row.born:
+            if row is None:
+                continue
+            row.owner = owner or row.owner
+            if not row.born:
                 row.born = True
                 if not row.holds:
                     check.append(object_id)
+
+    def unowned(self, object_ids: Iterable[bytes]) -> list[bytes]:
+        """Those of these that nobody made and whose owner never told of them; from now on they count as lost."""
+        found = []
+        for object_id in object_ids:
+            row = self.rows.get(object_id)
+            if row is not None and not row.born and row.size < 0:
+                row.size = 0
+                found.append(object_id)
+        return found
 
     def unhold(self, node: Address, removed: Iterable[bytes], check: list[bytes]) -> None:
         """``node`` no longer holds these; those that nobody seems to hold are added to ``check``."""
@@ -158,8 +173,8 @@ class ObjectTable:
     def node_died(self, node: Address) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Forget a node's copies and holds.
 
-        Answers with objects whose last copy this was; with those that it was the last to hold; and with those whose
-        owner has not told of them, and never will if the dead node was it.
+        Answers with objects whose last copy this was, or that it was still to make; with those that it was the last to
+        hold; and with those whose owner has not told of them, and never will if the dead node was it.
         """
         lost: list[bytes] = []
         check: list[bytes] = []
@@ -169,6 +184,9 @@ class ObjectTable:
                 row.nodes = tuple(other for other in row.nodes if other != node)
                 if not row.nodes:
                     lost.append(object_id)
+            elif row.size < 0 and row.owner == node:
+                row.size = 0
+                lost.append(object_id)
             if row.holds and row.holds.pop(node, 0) and not row.holds:
                 check.append(object_id)
             if not row.born:
