@@ -25,6 +25,7 @@ from trio_ray.runtime.api.errors import ObjectStoreFullError, RaySystemError
 from trio_ray.runtime.api.link import Payload
 from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.client.memory import SharedMemory
+from trio_ray.runtime.client.spinning import SPIN_S, Spinning
 from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, AnyMessage, CreateFailed, ObjectCreated, Value, Where
@@ -89,6 +90,7 @@ class SyncConnection:
         os.set_blocking(self._wake_write, False)
         self._ready_poll = select.poll()
         self._ready_poll.register(link.fileno(), select.POLLIN)
+        self._spinning = Spinning()
         self._pump: threading.Thread | None = None
 
     def start_pump(self) -> None:
@@ -198,22 +200,23 @@ class SyncConnection:
         while self._after:
             self._after.popleft()()
 
-    def lead(self, done: Callable[[], bool], parked: Any, timeout: float | None) -> bool:
+    def lead(self, done: Callable[[], bool], parked: Any, timeout: float | None, *, spin: bool = False) -> bool:
         """Block this thread until ``done()``; ``parked`` is a held lock that is released when it may be so.
 
-        False when ``timeout`` (seconds) passed before.
+        ``spin``: look for a moment before sleeping, if that has paid off lately. False when ``timeout`` (seconds)
+        passed before.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not done():
             if self._reading.acquire(blocking=False):
-                if self._lead(done, until):
+                if self._lead(done, until, spin):
                     return done()
                 continue
             self._parked.append(parked)
             try:
                 # Only now is it certain that a leader who leaves sees this thread; one may have left just before.
                 if self._reading.acquire(blocking=False):
-                    if self._lead(done, until):
+                    if self._lead(done, until, spin):
                         return done()
                     continue
                 if self._asleep:
@@ -226,10 +229,12 @@ class SyncConnection:
                 self._parked.remove(parked)
         return True
 
-    def _lead(self, done: Callable[[], bool], until: float | None) -> bool:
+    def _lead(self, done: Callable[[], bool], until: float | None, spin: bool) -> bool:
         """Read, holding ``_reading``, until done; True if the time is up."""
         poll = self._ready_poll.poll
         try:
+            if spin and self._spinning.worth_it(self.core.expected):
+                self._spin(done, until)
             while not done():
                 if until is None:
                     ready = poll()
@@ -245,11 +250,25 @@ class SyncConnection:
             self._reading.release()
             self._hand_over()
 
+    def _spin(self, done: Callable[[], bool], until: float | None) -> None:
+        """Read, for a moment only, without sleeping."""
+        poll, clock = self._ready_poll.poll, time.monotonic
+        end = clock() + SPIN_S
+        if until is not None and until < end:
+            end = until
+        while not done():
+            while not poll(0):
+                if clock() >= end:
+                    self._spinning.learn(arrived=False)
+                    return
+            self.read_now()
+        self._spinning.learn(arrived=True)
+
     def _hand_over(self) -> None:
         """This thread leads no longer: another that waits is to."""
         if self._parked:
             _release(self._parked[0])
-        elif self._asleep:
+        elif self._asleep and self.flush_later is None:
             self._wake_pump()
 
     # -- the pump ------------------------------------------------------------------------------------------------
@@ -338,8 +357,7 @@ class SyncConnection:
         """Take in what has arrived, unless another thread is about to."""
         if self._reading.acquire(blocking=False):
             try:
-                if self._ready_poll.poll(0):
-                    self.read_now()
+                self.read_now()
             finally:
                 self._reading.release()
                 self._hand_over()
@@ -363,7 +381,7 @@ class SyncConnection:
                 self.wait_begins()
                 try:
                     self.flush()
-                    there = self.lead(lambda: waiter.done, parked, timeout)
+                    there = self.lead(lambda: waiter.done, parked, timeout, spin=True)
                 finally:
                     self.wait_ends()
             finally:

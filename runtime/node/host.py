@@ -1,8 +1,8 @@
 """The Trio shell: turns frames, timers and process ends into events, and carries effects out. It decides nothing.
 
 One ``Host`` is one node process. It hosts the node's machine and, on the head, placement and the control-store shards;
-a message between machines of one process skips the wire. The task that reads a link hands what arrived to the machine
-and carries the effects out itself, before it reads on: there is no queue between the socket and the decision.
+a message between machines of one process skips the wire. Whoever reads a link hands what arrived to the machine and
+carries the effects out itself, before reading on: there is no queue between the socket and the decision.
 """
 
 import heapq
@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -47,9 +48,11 @@ from trio_ray.runtime.core.messages import Address, AnyMessage, FromProcess, Nod
 from trio_ray.runtime.node.arena import SharedArena
 from trio_ray.runtime.node.recording import Recording
 from trio_ray.runtime.node.workers import WorkerPool
+from trio_ray.runtime.transport.eager import EagerReads
 from trio_ray.runtime.transport.frames import BATCH_BYTES, ProtocolError
 from trio_ray.runtime.transport.handshake import AuthenticationError, Hello, Listener, Welcome
 from trio_ray.runtime.transport.links import (
+    Frame,
     Link,
     LinkClosed,
     SocketLink,
@@ -79,32 +82,6 @@ class Window:
         self.left = size
 
 
-class FlushBeforeWaiting(trio.abc.Instrument):
-    """Sends what the machines decided once all that arrived in one round of Trio's loop has been handled.
-
-    When several workers report at once, each process that waits for some of it gets one frame rather than one from each
-    of them, at no cost in time: the hook runs right after the tasks of the round.
-    """
-
-    def __init__(self, flush: Callable[[], bool]) -> None:
-        self._flush = flush
-        self._token = trio.lowlevel.current_trio_token()
-        self._failure: Exception | None = None
-
-    def before_io_wait(self, timeout: float) -> None:
-        """Trio has nothing else to run now. What the flush wakes must not wait for the next I/O."""
-        try:
-            woke = self._flush()
-        except Exception as error:  # Trio would log it and go on without us
-            self._failure, woke = error, True
-        if woke:
-            self._token.run_sync_soon(self._after_wake, idempotent=True)
-
-    def _after_wake(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-
 class Host:
     """One node process: machines, links, timers, workers, the arena."""
 
@@ -126,6 +103,7 @@ class Host:
         self._recording: Recording | None = None
         self._pool: WorkerPool
         self._nursery: trio.Nursery
+        self._eager: EagerReads
         self._inbox: deque[tuple[Address, list[AnyEvent]]] = deque()
         self._running = False
         self._stopping = False
@@ -163,10 +141,15 @@ class Host:
     ) -> None:  # fmt: skip
         """Serve until ``stop``; every link, worker and timer ends with it."""
         self._pool = WorkerPool(template, self._worker_ended)
+        with closing(EagerReads(self._flush)) as self._eager:
+            await self._serve(listeners, websockets, ready)
+
+    async def _serve(
+        self, listeners: list[socket.socket], websockets: Callable[..., Any] | None, ready: Callable[[], None]
+    ) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            flusher = FlushBeforeWaiting(self._flush)
-            trio.lowlevel.add_instrument(flusher)
+            nursery.start_soon(self._eager.run)
             try:
                 nursery.start_soon(self._pool.run)
                 nursery.start_soon(self._run_timers)
@@ -187,7 +170,6 @@ class Host:
                 await trio.sleep_forever()
             finally:
                 self._stopping = True
-                trio.lowlevel.remove_instrument(flusher)
                 if self._recording is not None:
                     self._recording.close()
                 for link in [*self._links.values(), *chain.from_iterable(self._peer_links.values())]:
@@ -436,17 +418,20 @@ class Host:
         self.deliver(node, [ProcessConnected(process, hello.role, hello.pid, hello.number, hello.shares_memory)])
         reason = ""
         decode = self._decode
+
+        def arrived(frames: list[Frame]) -> None:
+            events: list[AnyEvent] = []
+            for frame in frames:
+                if isinstance(frame, tuple):
+                    self._filled(frame, events)
+                else:
+                    for message in decode(frame):
+                        events.append(Received(process, message))
+            if events:
+                self.deliver(node, events)
+
         try:
-            while True:
-                events: list[AnyEvent] = []
-                for frame in await link.receive():
-                    if isinstance(frame, tuple):
-                        self._filled(frame, events)
-                    else:
-                        for message in decode(frame):
-                            events.append(Received(process, message))
-                if events:
-                    self.deliver(node, events)
+            await link.read_forever(arrived, self._eager)
         except LinkClosed as closed:
             reason = str(closed)
         except (ProtocolError, msgspec.MsgspecError) as error:
@@ -493,19 +478,7 @@ class Host:
                 self._send(link, waiting)
         reason = ""
         try:
-            while True:
-                batches: dict[Address, list[AnyEvent]] = {}
-                for frame in await link.receive():
-                    if isinstance(frame, tuple):
-                        self._filled(frame, batches.setdefault(self.info.node, []))
-                        continue
-                    for envelope in self._decode_peer(frame):
-                        if type(envelope.message) is NodesChanged:
-                            self._learn_hosts(envelope.message)
-                        batches.setdefault(envelope.to, []).append(Received(envelope.source, envelope.message))
-                for to, events in batches.items():
-                    if events and to in self._machines:
-                        self.deliver(to, events)
+            await link.read_forever(self._peer_said, self._eager)
         except LinkClosed as closed:
             reason = str(closed)
         except (ProtocolError, msgspec.MsgspecError) as error:
@@ -520,6 +493,20 @@ class Host:
                 for other in links:
                     other.close()
                 self._peer_lost(node, reason)
+
+    def _peer_said(self, frames: list[Frame]) -> None:
+        batches: dict[Address, list[AnyEvent]] = {}
+        for frame in frames:
+            if isinstance(frame, tuple):
+                self._filled(frame, batches.setdefault(self.info.node, []))
+                continue
+            for envelope in self._decode_peer(frame):
+                if type(envelope.message) is NodesChanged:
+                    self._learn_hosts(envelope.message)
+                batches.setdefault(envelope.to, []).append(Received(envelope.source, envelope.message))
+        for to, events in batches.items():
+            if events and to in self._machines:
+                self.deliver(to, events)
 
     def _peer_lost(self, node: Address, reason: str) -> None:
         for address in self._machines:

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
 from trio_ray.runtime.transport import addresses
+from trio_ray.runtime.transport.eager import EagerReads
 from trio_ray.runtime.transport.frames import (
     CHUNK_BYTES,
     HEADER_BYTES,
@@ -135,6 +136,11 @@ class Link(ABC):
     async def receive(self) -> list[Frame]:
         """What arrived next, never empty; one frame at a time in the handshake. Raises LinkClosed, ProtocolError."""
 
+    async def read_forever(self, arrived: Callable[[list[Frame]], None], eager: EagerReads) -> NoReturn:
+        """Hand over what arrives, as it arrives. Raises LinkClosed, ProtocolError, and what ``arrived`` raises."""
+        while True:
+            arrived(await self.receive())
+
     @abstractmethod
     async def write_forever(self) -> None:
         """Send what is queued, until the link is closed."""
@@ -146,6 +152,10 @@ class Link(ABC):
     @abstractmethod
     def lift_limit(self) -> None:
         """The peer has authenticated: take frames of full size, and data."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class SocketLink(Link):
@@ -166,6 +176,7 @@ class SocketLink(Link):
         self._drained = True
         """The last read took all there was."""
         self._in_a_row = 0
+        self._end_reading = _nothing
 
     def lift_limit(self) -> None:
         self._reader.limit = MAX_CONTROL_BYTES
@@ -248,31 +259,67 @@ class SocketLink(Link):
 
     async def receive(self) -> list[Frame]:
         while True:
-            try:
-                if self._drained:
-                    self._in_a_row = 0
+            if self._drained:
+                self._in_a_row = 0
+                try:
                     await trio.lowlevel.wait_readable(self._socket)
-                elif self._in_a_row > MAX_IN_A_ROW:  # a peer that sends without end is not to starve the others
-                    self._in_a_row = 0
-                    await trio.lowlevel.checkpoint()
-                buffer = self._reader.buffer()
-                count = self._socket.recv_into(buffer)
-            except (BlockingIOError, InterruptedError):
-                self._drained = True
-                continue
-            except trio.ClosedResourceError:
-                raise LinkClosed(self.failure) from None
-            except ConnectionResetError:  # the peer ended with something of ours unread
-                raise LinkClosed(self.failure) from None
-            except OSError as error:
-                raise LinkClosed(self.failure if self.closed else str(error.strerror)) from None
-            if not count:
-                raise LinkClosed("")
-            self._drained = count < len(buffer)
+                except (trio.ClosedResourceError, OSError):
+                    raise LinkClosed(self.failure) from None
+            elif self._in_a_row > MAX_IN_A_ROW:  # a peer that sends without end is not to starve the others
+                self._in_a_row = 0
+                await trio.lowlevel.checkpoint()
             self._in_a_row += 1
-            frames = self._reader.received(count)
+            frames = self._read()
             if frames:
                 return frames
+
+    async def read_forever(self, arrived: Callable[[list[Frame]], None], eager: EagerReads) -> NoReturn:
+        ended = trio.Event()
+        failure: list[Exception] = []
+
+        def read() -> None:
+            try:
+                for _ in range(MAX_IN_A_ROW):
+                    frames = self._read()
+                    if frames:
+                        arrived(frames)
+                    if self._drained:
+                        break
+            except Exception as error:  # the end of the link, or a fault: for the task that owns it
+                failure.append(error)
+                end()
+
+        def end() -> None:
+            eager.remove(fd)
+            ended.set()
+
+        if self._socket.fileno() < 0:
+            raise LinkClosed(self.failure)
+        fd = self._socket.fileno()
+        eager.add(fd, read)
+        self._end_reading = end
+        try:
+            await ended.wait()
+        finally:
+            end()
+        raise failure[0] if failure else LinkClosed(self.failure)
+
+    def _read(self) -> list[Frame]:
+        """The frames that have arrived, perhaps none. Raises LinkClosed at the end of the stream, ProtocolError."""
+        buffer = self._reader.buffer()
+        try:
+            count = self._socket.recv_into(buffer)
+        except (BlockingIOError, InterruptedError):
+            self._drained = True
+            return []
+        except ConnectionResetError:  # the peer ended with something of ours unread
+            raise LinkClosed(self.failure) from None
+        except OSError as error:
+            raise LinkClosed(self.failure if self.closed else str(error.strerror)) from None
+        if not count:
+            raise LinkClosed("")
+        self._drained = count < len(buffer)
+        return self._reader.received(count)
 
     def stop_reading(self) -> None:
         """What has arrived is still received, then the link counts as closed (for a peer whose process has ended)."""
@@ -283,6 +330,7 @@ class SocketLink(Link):
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
+            self._end_reading()
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
         self._abandon()
