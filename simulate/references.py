@@ -8,7 +8,7 @@ reference that dies in a garbage collection, say) moves the end of one process's
 lives exactly as long as any reference to it does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from trio_ray.runtime.api import context
@@ -88,3 +88,8 @@ class Log:
 
     def __init__(self, append: Callable[[bytes], None]) -> None:
         self.append = append
+
+    def extend(self, object_ids: Iterable[bytes]) -> None:
+        """Append each of them."""
+        for object_id in object_ids:
+            self.append(object_id)

@@ -109,7 +109,7 @@ class Cluster:
         import trio
 
         wanted = list(refs)
-        check_wait(wanted, num_returns, return_when)
+        check_wait(self._session, wanted, num_returns, return_when)
         with trio.move_on_after(float("inf") if timeout is None else timeout):
             await wait_in_trio(
                 self._session, wanted, num_returns, fetch=False, stop_at_error=return_when == "first_error"
@@ -173,18 +173,20 @@ class Cluster:
         return body
 
 
-def check_wait(refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
+def check_wait(session: Session, refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
     """Raise for what ``wait`` cannot wait for."""
-    # Programs wait for one of a thousand, a thousand times: what looks at every reference is left to C code here.
-    try:
-        b"".join(refs)
-    except TypeError:
-        wrong = next(ref for ref in refs if not isinstance(ref, ObjectRef))
-        raise TypeError(f"wait() takes a list of ObjectRefs; it was given {wrong!r}") from None
-    if not refs:
-        raise ValueError("wait() was given an empty list; there is nothing to wait for")
-    if len(set(refs)) != len(refs):
-        raise ValueError("wait() was given the same reference twice; each may be in the list once")
+    # Programs wait for one of a thousand, a thousand times, each time for what was left the last time. What looks at
+    # every reference is left to C code here, and done once: the hash tells a list that ``split`` made.
+    if not session.checked or hash(tuple(refs)) != session.checked:
+        try:
+            b"".join(refs)
+        except TypeError:
+            wrong = next(ref for ref in refs if not isinstance(ref, ObjectRef))
+            raise TypeError(f"wait() takes a list of ObjectRefs; it was given {wrong!r}") from None
+        if not refs:
+            raise ValueError("wait() was given an empty list; there is nothing to wait for")
+        if len(set(refs)) != len(refs):
+            raise ValueError("wait() was given the same reference twice; each may be in the list once")
     if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns <= 0:
         raise ValueError(f"num_returns is a number above zero, not {num_returns!r}")
     if num_returns > len(refs):
@@ -210,4 +212,5 @@ def split(
         if len(ready) == num_returns:
             break
     rest += refs[position:]
+    session.checked = hash(tuple(rest)) if rest else 0
     return ready, rest

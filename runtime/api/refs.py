@@ -6,7 +6,8 @@ out of a value and dropping one is one ``append``, which is safe in any thread a
 """
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_ray.runtime.core import ids
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["ObjectRef", "bind", "restore", "unbind", "wake_with"]
 
 
-def _nowhere(object_id: bytes) -> None:
+def _nowhere(object_id: object) -> None:
     """No core is bound: there is nobody to tell."""
 
 
 _made: Callable[[bytes], None] = _nowhere
+_made_many: Callable[[list[bytes]], None] = _nowhere
 _dropped: Callable[[bytes], None] = _nowhere
 _wake: Callable[[], None] | None = None
 _collect: Callable[[bytes], None] = _nowhere
@@ -57,9 +59,9 @@ class ObjectRef(bytes):
             raise ValueError(f"an object's id has {ids.OBJECT_ID_BYTES} bytes, not {len(binary)}")
         return restore(bytes(binary))
 
-    def __del__(self, _bytes: type[bytes] = bytes) -> None:
+    def __del__(self, _whole: slice = slice(None)) -> None:
         try:
-            _dropped(_bytes(self))
+            _dropped(self[_whole])  # the fastest way to a copy that is plain bytes
             if _wake is not None:
                 _wake()
         except TypeError:  # the interpreter is ending and has cleared this module
@@ -135,11 +137,20 @@ def restore(object_id: bytes) -> ObjectRef:
     return _new(ObjectRef, object_id)
 
 
+def restore_list(object_ids: list[bytes]) -> list[ObjectRef]:
+    """One more reference to each of these objects, as ``restore`` makes them."""
+    _made_many(object_ids)
+    return list(map(_new, repeat(ObjectRef), object_ids))
+
+
 class Log(Protocol):
     """Takes in ids, from any thread and in the garbage collector."""
 
     def append(self, object_id: bytes, /) -> None:
         """One more."""
+
+    def extend(self, object_ids: Iterable[bytes], /) -> None:
+        """These more."""
 
 
 class Counter(Protocol):
@@ -156,14 +167,14 @@ class Counter(Protocol):
 
 def bind(core: Counter) -> None:
     """From now on this process's references are counted in ``core``."""
-    global _made, _dropped
-    _made, _dropped = core.made.append, core.dropped.append
+    global _made, _made_many, _dropped
+    _made, _made_many, _dropped = core.made.append, core.made.extend, core.dropped.append
 
 
 def unbind() -> None:
     """References are counted nowhere: there is no session."""
-    global _made, _dropped, _wake, waiting
-    _made = _dropped = _nowhere
+    global _made, _made_many, _dropped, _wake, waiting
+    _made = _dropped = _made_many = _nowhere
     _wake = waiting = None
 
 

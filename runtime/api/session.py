@@ -14,6 +14,7 @@ from trio_ray.runtime.api.link import Link
 from trio_ray.runtime.api.refs import ObjectRef, owned
 from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize
 from trio_ray.runtime.core import ids
+from trio_ray.runtime.core.client import INLINE
 from trio_ray.runtime.core.messages import CancelScope, CancelTasks, KillActor, SealObjects, Value, Where
 from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
 
@@ -39,6 +40,8 @@ class Session:
         """Templates that this link has been given."""
         self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """Handles of named actors that this process created, by ``namespace/name``."""
+        self.checked = 0
+        """The hash of the list of references that ``wait`` returned last: one that it need not look through again."""
         self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
         """The process's own, implicit task."""
 
@@ -153,7 +156,7 @@ class Session:
             if core.failure:
                 raise RaySystemError(core.failure)
             raise ObjectLostError(f"the object {ref.hex()} is not here")
-        if value.where == Where.INLINE:
+        if value.where is INLINE:
             return None if value.payload == NONE else deserialize(value.payload)
         return deserialize(self.link.payload(value, core.owners.get(ref)))
 
@@ -168,8 +171,12 @@ class Session:
 
     def read_all(self, wanted: Sequence[ObjectRef], *, return_exceptions: bool) -> list[Any]:
         """The values of readable objects; raises the first that is an error, unless ``return_exceptions``."""
-        values = []
+        values, here = [], self.core.values
         for ref in wanted:
+            told = here.get(ref)
+            if told is not None and told.where is INLINE and not told.error:  # most are small and fine
+                values.append(None if told.payload == NONE else deserialize(told.payload))
+                continue
             value = self.read(ref)
             if not return_exceptions and isinstance(value, RayError) and self.is_error(ref):
                 try:

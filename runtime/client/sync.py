@@ -369,6 +369,8 @@ class SyncConnection:
         stop_at_error: bool = False,
     ) -> bool:  # fmt: skip
         """See ``Link.wait``."""
+        if count == 1 and self.core.readable(object_ids[0]):
+            return True  # as for most in a loop that waits for one of many
         parked = threading.Lock()
         parked.acquire()
         waiter = Waiter(

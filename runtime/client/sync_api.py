@@ -80,15 +80,15 @@ def get(
         return value
     if not isinstance(object_refs, (list, tuple)):
         raise ValueError(f"get() takes an ObjectRef or a list of them, not {object_refs!r}")
-    for ref in object_refs:
-        if type(ref) is not ObjectRef:
-            raise ValueError(f"get() takes an ObjectRef or a list of them; the list holds {ref!r}")
+    if set(map(type, object_refs)) - {ObjectRef}:
+        wrong = next(ref for ref in object_refs if type(ref) is not ObjectRef)
+        raise ValueError(f"get() takes an ObjectRef or a list of them; the list holds {wrong!r}")
     if not object_refs:
         return []
     there = session.link.wait(
         object_refs, len(object_refs), timeout, fetch=True, stop_at_error=not return_exceptions
     )  # fmt: skip
-    if not return_exceptions:
+    if session.core.some_error and not return_exceptions:
         for ref in object_refs:
             if session.is_error(ref):
                 raise session.read(ref)
@@ -116,8 +116,8 @@ def wait(
     """
     if not isinstance(ray_waitables, (list, tuple)):
         raise TypeError(f"wait() takes a list of ObjectRefs, not {ray_waitables!r}")
-    check_wait(ray_waitables, num_returns, return_when)
     session = current().session
+    check_wait(session, ray_waitables, num_returns, return_when)
     session.link.wait(
         ray_waitables, num_returns, timeout, fetch=fetch_local, stop_at_error=return_when == "first_error"
     )  # fmt: skip

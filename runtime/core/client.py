@@ -12,7 +12,7 @@ to be sent: a drop that it sees then has its making, and everything that was sub
 and the batch tells the drops last.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Protocol
@@ -48,6 +48,7 @@ class Listener(Protocol):
 
 Watcher = Callable[[bytes], None]
 """Called with an object's id."""
+INLINE = Where.INLINE
 _GONE = Value(b"")
 """Stands for what was not there."""
 Put = tuple[bytes, bytes, tuple[bytes, ...]]
@@ -73,9 +74,9 @@ class ClientCore:
         """Objects that are ready; None for those of which the node will tell without being asked (again)."""
         self.owners: dict[bytes, object] = {}
         """What ``adopt`` made for the values in ``values``."""
-        self.made: deque[bytes] = deque()
-        self.dropped: deque[bytes] = deque()
-        self.unpinned: deque[bytes] = deque()
+        self.made: list[bytes] = []
+        self.dropped: list[bytes] = []
+        self.unpinned: list[bytes] = []
         self.out: list[Item] = []
         self.streams: dict[int, Value] = {}
         """Values whose bytes are arriving, by transfer."""
@@ -87,6 +88,8 @@ class ClientCore:
         """Objects the node is to tell of. Threads may miscount it: it is for judging how busy the node is, no more."""
         self.some_elsewhere = False
         """Some object was told to exist without its bytes."""
+        self.some_error = False
+        """Some object turned out to be an error."""
         self.failure = ""
         """Why the link is closed; empty while it is open."""
         self._fetching: set[bytes] = set()
@@ -202,11 +205,10 @@ class ClientCore:
         return messages
 
     @staticmethod
-    def _drain(log: deque[bytes]) -> list[bytes]:
-        if not log:
-            return []
-        pop = log.popleft
-        return [pop() for _ in range(len(log))]
+    def _drain(log: list[bytes]) -> list[bytes]:
+        entries = log[:]
+        del log[: len(entries)]  # what came meanwhile stays
+        return entries
 
     def _batch(self, messages: list[AnyMessage]) -> None:
         items = self.out[:]
@@ -248,17 +250,33 @@ class ClientCore:
             messages.append(SubmitTasks(specs, templates, functions))
 
     def _count(self, made: list[bytes], dropped: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        counts = self.counts
-        fresh: dict[bytes, None] = {}
-        for object_id in made:
+        """Count references; those of which this process now has its first, and those of which it had its last."""
+        counts, values = self.counts, self.values
+        # Programs read lists of thousands of references and let go of them: most cancel out before they are counted.
+        left: dict[bytes, int] = Counter(made)
+        gone, brief = dropped, []
+        if left:
+            gone, get, pop = [], left.get, left.pop
+            for object_id in dropped:
+                more = get(object_id)
+                if more is None:
+                    gone.append(object_id)
+                elif more > 1:
+                    left[object_id] = more - 1
+                else:
+                    pop(object_id)
+                    if object_id in values:
+                        brief.append(object_id)
+        added: list[bytes] = []
+        for object_id, more in left.items():
             have = counts.get(object_id)
             if have is None:
-                counts[object_id] = 1
-                fresh[object_id] = None
+                counts[object_id] = more
+                added.append(object_id)
             else:
-                counts[object_id] = have + 1
+                counts[object_id] = have + more
         removed: list[bytes] = []
-        for object_id in dropped:
+        for object_id in gone:
             have = counts.get(object_id)
             if have is None:
                 continue
@@ -266,16 +284,19 @@ class ClientCore:
                 counts[object_id] = have - 1
                 continue
             del counts[object_id]
-            if self.values.pop(object_id, _GONE) is None:
+            removed.append(object_id)
+            if values.pop(object_id, _GONE) is None:
                 self.expected -= 1
             if self.owners:
                 self.owners.pop(object_id, None)
                 self._fetching.discard(object_id)
-            if fresh and object_id in fresh:
-                del fresh[object_id]
-            else:
-                removed.append(object_id)
-        return list(fresh), removed
+        for object_id in brief:  # somebody looked at it in its short life
+            if object_id not in counts:
+                if values.pop(object_id, _GONE) is None:
+                    self.expected -= 1
+                self.owners.pop(object_id, None)
+                self._fetching.discard(object_id)
+        return added, removed
 
     def receive(self, messages: Iterable[AnyMessage]) -> list[AnyMessage]:
         """Take in what the node says; answers with those messages that are for a worker."""
@@ -299,24 +320,27 @@ class ClientCore:
     def _ready(self, news: list[Value]) -> None:
         values, told = self.values, []
         for value in news:
-            object_id = value.object_id
-            if value.where == Where.STREAMED:
-                self.streams[value.offset] = value
-                continue
-            if value.where == Where.SHARED:
-                owner = self._adopt(value)  # before anything else: the pin must end even if nobody wants the value
-                if object_id not in values:
+            object_id, where = value.object_id, value.where
+            if where is not INLINE:
+                if where is Where.STREAMED:
+                    self.streams[value.offset] = value
                     continue
-                self.owners[object_id] = owner
-            elif object_id not in values:
+                if where is Where.SHARED:
+                    owner = self._adopt(value)  # before anything else: the pin must end even if nobody wants the value
+                    if object_id in values:
+                        self.owners[object_id] = owner
+                else:
+                    self.some_elsewhere = True
+            before = values.get(object_id, _GONE)
+            if before is _GONE:
                 continue  # its last reference was dropped meanwhile
-            if values[object_id] is None:
+            if before is None:
                 self.expected -= 1
             values[object_id] = value
             told.append(object_id)
-            if value.where == Where.ELSEWHERE:
-                self.some_elsewhere = True
-            elif self._fetching:
+            if value.error:
+                self.some_error = True
+            if self._fetching and where is not Where.ELSEWHERE:
                 self._fetching.discard(object_id)
         if told:
             self._tell(told)
