@@ -5,6 +5,7 @@ what they cost for bytes. The process counts its references in the logs of the `
 out of a value and dropping one is one ``append``, which is safe in any thread and in the garbage collector.
 """
 
+import gc
 import os
 from collections.abc import Callable, Generator, Iterable
 from itertools import repeat
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 __all__ = ["ObjectRef", "bind", "restore", "unbind", "wake_with"]
+
+
+MANY = 100
+"""References that are made at once without a pause for the garbage collector."""
 
 
 def _nowhere(object_id: object) -> None:
@@ -140,7 +145,15 @@ def restore(object_id: bytes) -> ObjectRef:
 def restore_list(object_ids: list[bytes]) -> list[ObjectRef]:
     """One more reference to each of these objects, as ``restore`` makes them."""
     _made_many(object_ids)
-    return list(map(_new, repeat(ObjectRef), object_ids))
+    # Python's collector counts each of them, and would look through the whole heap several times meanwhile.
+    collecting = len(object_ids) > MANY and gc.isenabled()
+    if collecting:
+        gc.disable()
+    try:
+        return list(map(_new, repeat(ObjectRef), object_ids))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Log(Protocol):

@@ -288,11 +288,14 @@ class SyncConnection:
         either = select.poll()
         either.register(self._wake_read, select.POLLIN)
         either.register(self._link.fileno(), select.POLLIN)
-        seen, still = -1, 0
+        seen, still, rested = -1, 0, False
         while not self.closed and not self.core.failure:
             if self.flush_later is not None:
                 self._sleep(wake_only, lambda: self.flush_later is None)
                 continue
+            if rested and not self.core.out:  # woken by one reference that died; where there is one there are more
+                wake_only.poll(TICK_S * 1000)
+            rested = False
             if self.pending:
                 try:
                     self.flush()
@@ -306,6 +309,7 @@ class SyncConnection:
                 wake_only.poll(TICK_S * 1000)
                 self._drain_wakes()
             elif self._reading.acquire(blocking=False):
+                rested = True
                 try:
                     self._sleep(either, lambda: self.pending or bool(self._parked) or self.flush_later is not None)
                     if self.flush_later is None and self._ready_poll.poll(0):
@@ -319,7 +323,7 @@ class SyncConnection:
                         still = 0
             else:  # a thread of the program reads; it wakes the pump when it stops
                 self._sleep(wake_only, lambda: self.pending or not self._reading.locked())
-                still = 0
+                still, rested = 0, True
 
     def _sleep(self, poll: select.poll, stay_awake: Callable[[], bool]) -> None:
         """Wait for ``poll``, or to be woken; whoever changes what ``stay_awake`` looks at looks at ``_asleep`` then."""

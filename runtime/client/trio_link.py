@@ -79,10 +79,11 @@ class TrioConnection:
 
     def _flush_now(self) -> None:
         self._scheduled = False
-        with self.lock:
-            messages = self.core.take()
-        if messages and not self.core.failure:
-            self._link.send(_encode(messages))
+        while self.core.pending and not self.core.failure:
+            with self.lock:
+                messages = self.core.take()
+            if messages:
+                self._link.send(_encode(messages))
 
     async def read_forever(self) -> None:
         """Take in what the node says, until the link is closed."""

@@ -22,11 +22,11 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
     thread = threading.get_ident()
 
     def flush() -> bool:
-        if connection.pending and not connection.core.failure:
-            try:
+        try:
+            while connection.pending and not connection.core.failure:
                 connection.flush()
-            except RaySystemError:
-                pass  # whoever waits is told
+        except RaySystemError:
+            pass  # whoever waits is told
         return False
 
     def flush_later() -> None:

@@ -6,7 +6,7 @@ interpreter makes atomic. All else (``take``, ``receive``, ``want``, ``watch``, 
 
 How references are counted. The process counts its own ``ObjectRef``s; the node is told of the first and the last of
 an object. Whoever submits a task or puts an object holds its reference without saying so. One that came out of a
-value is logged in ``made`` and told to the node only if it is still alive at the next ``take``: until then the
+value is logged in ``made`` and told to the node only if it is still alive when something else is told: until then the
 container it came from keeps it alive. ``take`` reads the log of drops first, then the log of made ones, then what is
 to be sent: a drop that it sees then has its making, and everything that was submitted before it, in the same batch,
 and the batch tells the drops last.
@@ -92,6 +92,10 @@ class ClientCore:
         """Some object turned out to be an error."""
         self.failure = ""
         """Why the link is closed; empty while it is open."""
+        self._untold: dict[bytes, None] = {}
+        """References of which the node has not been told, in order."""
+        self._uncounted: set[bytes] = set()
+        """Objects that were asked for before their references were counted."""
         self._fetching: set[bytes] = set()
         """Objects whose bytes were asked for after they were told to exist."""
         self._watchers: dict[bytes, list[Watcher]] = {}
@@ -134,7 +138,7 @@ class ClientCore:
     @property
     def pending(self) -> bool:
         """Whether ``take`` has anything to do."""
-        return bool(self.out or self.dropped or self.made or self.unpinned)
+        return bool(self.out or self.dropped or self.made or self.unpinned or self._untold)
 
     # -- what one thread at a time may do ------------------------------------------------------------------------
 
@@ -144,6 +148,7 @@ class ClientCore:
         # Copies: a reference in our tables would keep itself alive.
         ask = [bytes(object_id) for object_id in object_ids if object_id not in values]
         if ask:
+            self._uncounted.update(object_id for object_id in ask if object_id not in self.counts)
             fresh: dict[bytes, Value | None] = dict.fromkeys(ask)
             values.update(fresh)
             self.expected += len(fresh)
@@ -183,16 +188,23 @@ class ClientCore:
 
     def take(self, done: TasksDone | None = None) -> list[AnyMessage]:
         """What is to be sent now, as one frame. A worker's results stand after the references they may carry are
-        held, and before those it dropped are let go."""
+        held, and before those it dropped are let go.
+
+        New references alone are no reason for a frame: what they came from is held. They go with the next, or when
+        the logs have come to rest; call again while ``pending``.
+        """
         dropped = self._drain(self.dropped)
         made = self._drain(self.made)
         messages: list[AnyMessage] = []
         if self.out:
             self._batch(messages)
-        added: list[bytes] = []
         removed: list[bytes] = []
         if made or dropped:
-            added, removed = self._count(made, dropped)
+            removed = self._count(made, dropped)
+        unpinned = self._drain(self.unpinned) if self.unpinned else None
+        added: list[bytes] = []
+        if self._untold and (done is not None or messages or removed or unpinned or not made):
+            added, self._untold = list(self._untold), {}
         if done is not None:
             if added:
                 messages.append(References(added, []))
@@ -200,8 +212,8 @@ class ClientCore:
             messages.append(done)
         if added or removed:
             messages.append(References(added, removed))
-        if self.unpinned:
-            messages.append(Unpin(self._drain(self.unpinned)))
+        if unpinned is not None:
+            messages.append(Unpin(unpinned))
         return messages
 
     @staticmethod
@@ -249,30 +261,25 @@ class ClientCore:
         if specs or templates or functions:
             messages.append(SubmitTasks(specs, templates, functions))
 
-    def _count(self, made: list[bytes], dropped: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Count references; those of which this process now has its first, and those of which it had its last."""
-        counts, values = self.counts, self.values
+    def _count(self, made: list[bytes], dropped: list[bytes]) -> list[bytes]:
+        """Count references; those of which the node knows and this process had its last."""
+        counts, untold = self.counts, self._untold
         # Programs read lists of thousands of references and let go of them: most cancel out before they are counted.
         left: dict[bytes, int] = Counter(made)
-        gone, brief = dropped, []
+        gone = dropped
         if left:
-            gone, get, pop = [], left.get, left.pop
+            gone, pop = [], left.pop
             for object_id in dropped:
-                more = get(object_id)
-                if more is None:
-                    gone.append(object_id)
-                elif more > 1:
+                more = pop(object_id, 0)
+                if more > 1:
                     left[object_id] = more - 1
-                else:
-                    pop(object_id)
-                    if object_id in values:
-                        brief.append(object_id)
-        added: list[bytes] = []
+                elif not more:
+                    gone.append(object_id)
         for object_id, more in left.items():
             have = counts.get(object_id)
             if have is None:
                 counts[object_id] = more
-                added.append(object_id)
+                untold[object_id] = None
             else:
                 counts[object_id] = have + more
         removed: list[bytes] = []
@@ -284,19 +291,25 @@ class ClientCore:
                 counts[object_id] = have - 1
                 continue
             del counts[object_id]
-            removed.append(object_id)
-            if values.pop(object_id, _GONE) is None:
-                self.expected -= 1
-            if self.owners:
-                self.owners.pop(object_id, None)
-                self._fetching.discard(object_id)
-        for object_id in brief:  # somebody looked at it in its short life
-            if object_id not in counts:
-                if values.pop(object_id, _GONE) is None:
-                    self.expected -= 1
-                self.owners.pop(object_id, None)
-                self._fetching.discard(object_id)
-        return added, removed
+            if object_id in untold:
+                del untold[object_id]
+            else:
+                removed.append(object_id)
+            self._forget(object_id)
+        if self._uncounted:
+            for object_id in self._uncounted:
+                if object_id not in counts:
+                    self._forget(object_id)
+            self._uncounted.clear()
+        return removed
+
+    def _forget(self, object_id: bytes) -> None:
+        """Its last reference is gone: what is known of it is known no more."""
+        if self.values.pop(object_id, _GONE) is None:
+            self.expected -= 1
+        if self.owners:
+            self.owners.pop(object_id, None)
+            self._fetching.discard(object_id)
 
     def receive(self, messages: Iterable[AnyMessage]) -> list[AnyMessage]:
         """Take in what the node says; answers with those messages that are for a worker."""

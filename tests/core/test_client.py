@@ -100,12 +100,41 @@ def test_a_reference_that_came_and_went_between_flushes_is_not_told() -> None:
     core.made.append(b"brief")
     core.dropped.append(b"brief")
     core.made.append(b"kept")
-    assert core.take() == [References([b"kept"], [])]
+    assert core.take() == [] and core.pending
+    assert core.take() == [References([b"kept"], [])] and not core.pending
     core.made.append(b"kept")
     core.dropped.append(b"kept")
     assert core.take() == []
     core.dropped.append(b"kept")
     assert core.take() == [References([], [b"kept"])]
+
+
+def test_new_references_are_told_with_whatever_is_told_next() -> None:
+    core = make_core()
+    container = submit(core, 0)
+    core.take()
+    for name in (b"a", b"b", b"a"):
+        core.made.append(name)
+    assert core.take() == []
+    core.made.append(b"c")
+    core.dropped += [b"b", b"a"]
+    assert core.take() == [], "they came and went unsaid"
+    core.made.append(b"d")
+    core.dropped.append(container)
+    assert core.take() == [References([b"a", b"c", b"d"], [container])]
+    core.dropped += [b"a", b"d"]
+    assert core.take() == [References([], [b"a", b"d"])]
+    assert core.counts == {b"c": 1}
+
+
+def test_an_object_that_was_looked_at_in_the_short_life_of_its_reference_is_forgotten() -> None:
+    core = make_core()
+    core.made.append(b"brief")
+    core.want([b"brief"], fetch=True)
+    assert core.expected == 1
+    core.dropped.append(b"brief")
+    assert core.take() == [WaitObjects([b"brief"], True)]
+    assert b"brief" not in core.values and not core.expected
 
 
 def test_a_drop_of_what_was_never_counted_is_ignored() -> None:
