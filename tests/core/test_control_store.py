@@ -634,3 +634,13 @@ def test_the_promise_holds_on_long_random_walks() -> None:
                     walk.deliver(pick=rng.randrange(100), count=1 + index % 3)
             walk.what_is_referred_to_exists()
         walk.teardown()
+
+
+def test_a_copy_that_died_before_anybody_held_it_is_known_to_be_lost_for_a_while() -> None:
+    store = Store()
+    store.say("n:1", copy(X))
+    store.lose("n:1")
+    assert store.say("n:2", LocateObjects([X])) == [("n:2", ObjectsLocated([Location(X, 10, ())]))]
+    (key,) = store.timers
+    store.fire(key)
+    assert all(machine.objects.rows == {} for machine in store.shards)

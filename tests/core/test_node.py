@@ -782,3 +782,41 @@ def test_what_a_dead_node_was_to_make_is_lost(waits: bool) -> None:
     harness.advance(20.0)
     assert harness.machines["n:0"].table.entries == {}
     assert harness.machines["control/0"].objects.rows == {}
+
+
+def test_what_was_freed_and_is_made_again_elsewhere_goes_with_its_last_reference() -> None:
+    """A parent's node dies with its children; the parent runs again elsewhere, and so do they, under the same ids."""
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver, first = harness.driver(), harness.driver(1)
+    give, child = template("give", num_returns=1), template("child")
+    made = first.spec(child)
+    inner = ids.return_id(made.task_id, 0)
+    harness.behave = lambda worker, spec: ok(spec)
+    first.submit(made, templates=[child])
+    harness.advance(1.0)
+    harness.machines["n:1"].table.export(harness.machines["n:1"].table.entries[inner])
+    first.send(References([], []))
+    harness.advance(1.0)
+    assert harness.machines["control/0"].objects.rows[inner].born
+    harness.lose_node("n:1")
+    harness.advance(1.0)
+    assert inner not in harness.machines["control/0"].objects.rows, "freed with the only node that held it"
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
+        if spec.template == give.template_id:
+            driver.submit(made, templates=[child])
+            return ok(spec, b"refs", contained=(inner,))
+        return ok(spec)
+
+    harness.behave = behave
+    giving = driver.spec(give)
+    driver.submit(giving, templates=[give])
+    harness.advance(1.0)
+    node = harness.machines["n:0"]
+    node.table.export(node.table.entries[ids.return_id(giving.task_id, 0)])
+    driver.send(References([], []))
+    harness.advance(1.0)
+    driver.send(References([], [inner, ids.return_id(giving.task_id, 0)]))
+    harness.advance(20.0)
+    assert node.table.entries == {}
+    assert harness.machines["control/0"].objects.rows == {}

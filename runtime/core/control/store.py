@@ -12,6 +12,7 @@ that have copies of an object that nobody refers to any more.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from trio_ray.runtime.core.control.pubsub import Outbox, Subscriptions
@@ -349,7 +350,7 @@ class ControlMachine:
 
     def validate(self) -> None:
         """Assert every invariant of the shard."""
-        self.objects.validate()
+        self.objects.validate(frozenset(chain.from_iterable(self._orphans.values())))
         self.events.validate()
         self.actors.validate()
         for subscriptions in (self._locating, self._fetching, self._watching):

@@ -287,9 +287,12 @@ class ObjectTable:
         if entry is None:
             return
         if entry.holders or entry.pins:
-            # A reference came to life here after our last removal was counted; say so again.
+            # A reference came to life here after our last removal was counted, or the object was made here once more
+            # after all had been lost elsewhere. Say so again, and that there is a copy: its report was a stray's.
             if not entry.held:
                 self._gained(entry)
+            if entry.exported and entry.local:
+                self.updates.append(ObjectUpdate(object_id, entry.size, entry.contained))
             return
         entry.doomed = True
         self.discard_when_unused(entry)
