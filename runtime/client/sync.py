@@ -534,7 +534,11 @@ def connect(kind: type[Connection], address: str, secret: bytes, hello: Hello) -
     """Connect to the node at ``address``. Raises ConnectionError and AuthenticationError with a sentence."""
     made: list[Connection] = []
     link = BlockingLink.connect(address, secret, hello, lambda *place: made[0].window(*place))
-    connection = kind(link)
+    try:
+        connection = kind(link)
+    except FileNotFoundError:
+        link.close()
+        raise ConnectionError(f"the node at {address} ended while this process entered the cluster") from None
     made.append(connection)
     return connection
 

@@ -17,8 +17,10 @@ import trio_ray as ray
 from trio_ray import exceptions
 from trio_ray.runtime.client.driver import connect_to
 from trio_ray.runtime.client.find import SECRET_VARIABLE, Place
-from trio_ray.runtime.client.sync import SyncConnection
+from trio_ray.runtime.client.sync import SyncConnection, connect
 from trio_ray.runtime.launch.local import ClusterFile, LocalCluster, is_alive
+from trio_ray.runtime.transport.blocking import BlockingLink
+from trio_ray.runtime.transport.handshake import Hello
 
 ROOT = Path(__file__).parents[2]
 
@@ -364,6 +366,23 @@ def test_a_lost_node_is_an_error_for_who_waits() -> None:
         with pytest.raises(exceptions.RaySystemError, match="lost"):
             ray.get(double.remote(1))
     assert not ray.is_initialized()
+
+
+def test_a_node_that_ends_while_a_driver_enters_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    shake_hands = BlockingLink.connect
+
+    with LocalCluster.begin(resources={"CPU": 1.0}) as local:
+        file = local.finish()
+
+        def shake_hands_with_the_dying(*arguments: Any) -> BlockingLink:
+            link = shake_hands(*arguments)
+            os.kill(file.head.pid, signal.SIGKILL)
+            eventually(lambda: not is_alive(file.head.pid))
+            return link
+
+        monkeypatch.setattr(BlockingLink, "connect", shake_hands_with_the_dying)
+        with pytest.raises(ConnectionError, match="ended while this process entered"):
+            connect(SyncConnection, file.head.unix, bytes.fromhex(file.secret), Hello("driver", os.getpid()))
 
 
 async def test_a_lost_node_is_an_error_for_trio_tasks() -> None:
