@@ -60,7 +60,7 @@ def calibrate(progress: Callable[[float], None] = lambda part: None) -> Profile:
     profile = measure_machines(lambda part: progress(MACHINES_PART * part))
     rounds: list[dict[str, float]] = []
     with trio_ray.init(num_cpus=1):
-        template, node = _processes()
+        template, node = node_processes()
         _bulk(BULK)  # what is measured later runs warm
         for number in range(ROUNDS):
             rounds.append(_round(profile, template, node))
@@ -84,7 +84,7 @@ def calibrate(progress: Callable[[float], None] = lambda part: None) -> Profile:
     )  # fmt: skip
 
 
-def _processes() -> tuple[int, int]:
+def node_processes() -> tuple[int, int]:
     """The template that workers are forked from, and the node process."""
     template = _parent(trio_ray.get(process_id.remote()))
     return template, _parent(template)
@@ -114,14 +114,14 @@ def _workers_cpu(template: int) -> dict[int, float]:
     return {int(process): _cpu(int(process)) for process in children.split()}
 
 
-class _Spent:
+class Spent:
     """CPU time spent by the driver, the workers and the node, and time passed, in a block."""
 
     def __init__(self, template: int, node: int) -> None:
         self._template, self._node = template, node
         self.driver = self.workers = self.node = self.elapsed = 0.0
 
-    def __enter__(self) -> "_Spent":
+    def __enter__(self) -> "Spent":
         self._workers = _workers_cpu(self._template)
         self._before = _cpu(os.getpid()), _cpu(self._node)
         self._began = time.perf_counter()
@@ -141,21 +141,23 @@ def _bulk(count: int) -> None:
 
 def _round(profile: Profile, template: int, node: int) -> dict[str, float]:
     """All figures once, in seconds."""
-    with _Spent(template, node) as submitting:
+    with Spent(template, node) as submitting:
         refs = [empty.remote() for _ in range(BULK)]
     trio_ray.wait(refs, num_returns=BULK, timeout=30)
-    with _Spent(template, node) as whole:
+    with Spent(template, node) as whole:
         _bulk(BULK)
-    with _Spent(template, node) as single:
+    with Spent(template, node) as single:
         for _ in range(SINGLE):
             trio_ray.get(empty.remote())
-    with _Spent(template, node) as putting:
+    with Spent(template, node) as putting:
         stored = [trio_ray.put(index) for index in range(BULK)]
     del stored
     submit = submitting.driver / BULK
     task = whole.workers / BULK
     get = max(0.0, whole.driver / BULK - submit)
     once_driver, once_worker, once_node = (x / SINGLE for x in (single.driver, single.workers, single.node))
+    # The driver stays awake while it waits for a single task: what it spends while the others work is no work.
+    once_driver = min(once_driver, max(0.0, single.elapsed / SINGLE - once_worker - once_node))
     machine = sum(
         profile.step_s + cost.step_message_s + cost.step_item_s
         for cost in (profile.kind("SubmitTasks"), profile.kind("TasksDone"), profile.kind("References"))

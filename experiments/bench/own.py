@@ -18,6 +18,14 @@ TRANSFER_BYTES = 1_000_000_000
 BROADCAST_BYTES = 256_000_000
 BROADCAST_NODES = 8
 QUEUED = 200_000
+SPENT = {
+    "a task in bulk": (False, 1000), "an actor call in bulk": (True, 1000),
+    "a task alone": (False, 1), "an actor call alone": (True, 1),
+}  # fmt: skip
+"""Whether it is an actor's, and how many are waited for at once."""
+PLACES = ("driver", "node", "workers", "time passed")
+SPENT_CALLS = 20_000
+SPENT_ALONE = 2_000
 
 
 def register(benchmark: Register) -> None:
@@ -29,6 +37,10 @@ def register(benchmark: Register) -> None:
     benchmark("transfer of 1 GB between two nodes", "GB/s", own_cluster=True, **own)(transfer)
     benchmark("broadcast of 256 MB to eight nodes", "GB/s", own_cluster=True, **own)(broadcast)
     benchmark("control store: object rows written and freed", "rows/s", own_cluster=True, **own)(control_store)
+    for name in SPENT:
+        for place in PLACES:
+            run = _processor_time(name, place)
+            benchmark(f"processor time of {name}: {place}", "µs", higher=False, **own)(run)
     for size, name in ((10**3, "1 KB"), (10**5, "100 KB"), (10**6, "1 MB"), (10**7, "10 MB"), (10**8, "100 MB")):
         benchmark(f"figure 9: put of {name}", "GB/s", **own)(_put_of(size))
     for threads in (1, 2, 4, 8):
@@ -194,6 +206,37 @@ def control_store(_: Any) -> Iterator[tuple[Callable[[], object], float]]:
         machine.step([Received("n:1", HoldObjects(0, [], object_ids))], 0.0)
 
     yield work, 100
+
+
+def _processor_time(name: str, place: str) -> Callable[[Any], Iterator[tuple[Callable[[], object], float]]]:
+    """What one call costs each process, to the nanosecond of the kernel's own accounts; all threads together.
+
+    A driver that waits for a single result stays awake while others work on it: its figure is then nearly all the time
+    that passed.
+    """
+    of_actor, at_once = SPENT[name]
+
+    def run(remote: Any) -> Iterator[tuple[Callable[[], object], float]]:
+        from trio_ray.experiments.calibration import Spent, node_processes
+
+        ray = remote.ray
+        call = remote.Actor.remote().small_value.remote if of_actor else remote.small_value.remote
+        calls = SPENT_ALONE if at_once == 1 else SPENT_CALLS
+
+        def rounds(number: int) -> None:
+            for _ in range(number // at_once):
+                ray.get([call() for _ in range(at_once)] if at_once > 1 else call())
+
+        def work() -> float:
+            rounds(calls // 4)
+            with Spent(*node_processes()) as spent:
+                rounds(calls)
+            figures = dict(zip(PLACES, (spent.driver, spent.node, spent.workers, spent.elapsed), strict=True))
+            return figures[place] / calls * 1e6
+
+        yield work, -1
+
+    return run
 
 
 def _put_of(size: int) -> Callable[[Any], Iterator[tuple[Callable[[], object], float]]]:

@@ -211,6 +211,9 @@ def split(
         position += 1
         if len(ready) == num_returns:
             break
-    rest += refs[position:]
+    if rest:
+        rest += refs[position:]
+    else:
+        rest = list(refs[position:])
     session.checked = hash(tuple(rest)) if rest else 0
     return ready, rest
