@@ -42,7 +42,9 @@ def register(benchmark: Register) -> None:
             run = _processor_time(name, place)
             benchmark(f"processor time of {name}: {place}", "µs", higher=False, **own)(run)
     for size, name in ((10**3, "1 KB"), (10**5, "100 KB"), (10**6, "1 MB"), (10**7, "10 MB"), (10**8, "100 MB")):
-        benchmark(f"figure 9: put of {name}", "GB/s", **own)(_put_of(size))
+        benchmark(f"figure 9: put of {name}", "GB/s", **own)(_put_of(size, size / 1e9))
+    for size, name in ((10**3, "1 KB"), (10**4, "10 KB"), (10**5, "100 KB"), (10**6, "1 MB")):
+        benchmark(f"figure 9: IOPS at {name}", "puts/s", **own)(_put_of(size, 1.0))
     for threads in (1, 2, 4, 8):
         run = _copy_with(threads)
         benchmark(f"figure 9: 100 MB into shared memory, {threads} threads", "GB/s", own_cluster=True, **own)(run)
@@ -239,12 +241,12 @@ def _processor_time(name: str, place: str) -> Callable[[Any], Iterator[tuple[Cal
     return run
 
 
-def _put_of(size: int) -> Callable[[Any], Iterator[tuple[Callable[[], object], float]]]:
+def _put_of(size: int, amount: float) -> Callable[[Any], Iterator[tuple[Callable[[], object], float]]]:
     def run(remote: Any) -> Iterator[tuple[Callable[[], object], float]]:
         import numpy as np
 
         array = np.ones(size, dtype=np.uint8)
-        yield lambda: remote.ray.put(array), size / 1e9
+        yield lambda: remote.ray.put(array), amount
 
     return run
 

@@ -35,6 +35,7 @@ _HEADER = Struct("<B3xIQ")
 """Layout, number of buffers, length of the pickle; then the buffers' lengths, the pickle, the buffers."""
 
 _ONLY_REFS = {refs.ObjectRef}
+_MANY_IDS = Struct(f"{OBJECT_ID_BYTES}s" * 256)
 _dumps, _loads = pickle.dumps, pickle.loads
 NONE = _dumps(None, 5)
 _NO_CLASSES = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
@@ -111,7 +112,13 @@ def _references(value: list[refs.ObjectRef], inline_limit: int) -> tuple[bytes |
 
 
 def _ids(data: bytes) -> list[bytes]:
-    return [data[at : at + OBJECT_ID_BYTES] for at in range(1, len(data), OBJECT_ID_BYTES)]
+    found: list[bytes] = []
+    at, whole = 1, len(data) - _MANY_IDS.size
+    while at <= whole:
+        found += _MANY_IDS.unpack_from(data, at)
+        at += _MANY_IDS.size
+    found += [data[one : one + OBJECT_ID_BYTES] for one in range(at, len(data), OBJECT_ID_BYTES)]
+    return found
 
 
 def _by_value_modules() -> bool:

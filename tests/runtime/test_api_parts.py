@@ -1,5 +1,6 @@
 """Parts of the API that need no cluster: serialization, references, errors, options, code."""
 
+import gc
 import pickle
 import threading
 from collections.abc import Iterator
@@ -135,6 +136,34 @@ def test_references_are_counted_as_they_come_and_go(core: ClientCore) -> None:
     refs.unbind()
     del again
     assert len(core.dropped) == 1, "nobody counts any more"
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 700, 6000])
+def test_a_list_of_references_is_their_ids(core: ClientCore, count: int) -> None:
+    ids = [number.to_bytes(20, "big") for number in range(count)]
+    payload, contained = serialize.serialize([refs.owned(object_id) for object_id in ids], INLINE)
+    core.dropped.clear()
+    assert contained == tuple(ids) and all(type(object_id) is bytes for object_id in contained)
+    assert isinstance(payload, serialize.Packed) == (count * 20 >= INLINE)
+    data = payload.to_bytes() if isinstance(payload, serialize.Packed) else payload
+    assert len(data) == 1 + 20 * count
+    back = serialize.deserialize(memoryview(data))
+    assert back == ids and {type(ref) for ref in back} == {trio_ray.ObjectRef}
+    assert core.made == ids and gc.isenabled()
+    del back
+    assert sorted(core.dropped) == ids
+    assert core.take() == [] and not core.counts and not core.pending
+
+
+def test_references_among_other_things_are_found_and_counted(core: ClientCore) -> None:
+    one, two = refs.owned(b"1" * 20), refs.owned(b"2" * 20)
+    for value in ([one, two, 3], (one, two), [one, [two]], {"a": one, "b": [two, two]}):
+        payload, contained = serialize.serialize(value, INLINE)
+        assert contained == (b"1" * 20, b"2" * 20)
+        assert isinstance(payload, bytes) and serialize.deserialize(payload) == value
+    payload, contained = serialize.serialize([one, one], INLINE)
+    assert contained == (b"1" * 20,)
+    assert isinstance(payload, bytes) and serialize.deserialize(payload) == [one, one]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
