@@ -147,9 +147,9 @@ def restore_list(object_ids: list[bytes]) -> list[ObjectRef]:
     _made_many(object_ids)
     # Python's collector counts each of them, and would look through the whole heap several times meanwhile.
     collecting = len(object_ids) > MANY and gc.isenabled()
-    if collecting:
-        gc.disable()
     try:
+        if collecting:
+            gc.disable()
         return list(map(_new, repeat(ObjectRef), object_ids))
     finally:
         if collecting:

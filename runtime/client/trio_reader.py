@@ -22,12 +22,16 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
     thread = threading.get_ident()
 
     def flush() -> bool:
+        if connection.core.failure:
+            return False
         try:
-            while connection.pending and not connection.core.failure:
+            for _ in range(2):  # the second tells of references that came to rest; other threads may go on without end
+                if not connection.pending:
+                    return False
                 connection.flush()
         except RaySystemError:
-            pass  # whoever waits is told
-        return False
+            return True  # whoever waits was told just now, and is to run
+        return connection.pending
 
     def flush_later() -> None:
         if threading.get_ident() != thread:  # in Trio's own, the round ends with a flush anyway
@@ -37,16 +41,20 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
                 pass
 
     def read() -> None:
-        connection.read_if_free()
+        try:
+            connection.read_if_free()
+        except RaySystemError:
+            pass  # whoever waits was told
         if connection.core.failure:
-            eager.remove(connection.fileno())
+            eager.remove(fd)
 
+    fd = connection.fileno()
     with closing(EagerReads(flush)) as eager:
         connection.hand_to_trio(flush_later)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(eager.run)
-                eager.add(connection.fileno(), read)
+                eager.add(fd, read)
                 try:
                     yield
                 finally:

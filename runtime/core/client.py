@@ -297,8 +297,8 @@ class ClientCore:
                 removed.append(object_id)
             self._forget(object_id)
         if self._uncounted:
-            for object_id in self._uncounted:
-                if object_id not in counts:
+            for object_id in self._uncounted.intersection(made):
+                if object_id not in counts:  # it came and went within this batch
                     self._forget(object_id)
             self._uncounted.clear()
         return removed
@@ -309,6 +309,7 @@ class ClientCore:
             self.expected -= 1
         if self.owners:
             self.owners.pop(object_id, None)
+        if self._fetching:
             self._fetching.discard(object_id)
 
     def receive(self, messages: Iterable[AnyMessage]) -> list[AnyMessage]:

@@ -35,7 +35,10 @@ class EagerReads(trio.abc.Instrument):
     def remove(self, fd: int) -> None:
         """Call no more; before ``fd`` is closed. One that was never added is ignored."""
         if self._readers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass  # it is closed already
 
     async def run(self) -> None:
         """Make Trio's loop wake when a socket is readable, until cancelled. Raises what a flush raised."""

@@ -137,6 +137,32 @@ def test_an_object_that_was_looked_at_in_the_short_life_of_its_reference_is_forg
     assert b"brief" not in core.values and not core.expected
 
 
+def test_an_object_whose_reference_came_to_life_elsewhere_is_waited_for() -> None:
+    """Unpickled before this process joined, or inherited over a fork: nobody counts it, but it can be read."""
+    core = make_core()
+    other = submit(core, 0)
+    core.take()
+    core.want([b"foreign"], fetch=True)
+    core.dropped.append(other)
+    core.made.append(b"made")
+    assert core.take() == [WaitObjects([b"foreign"], True), References([b"made"], [other])]
+    core.receive([ObjectsReady([Value(b"foreign", payload=b"1", size=1)])])
+    assert core.readable(b"foreign")
+
+
+def test_an_object_that_was_being_fetched_is_asked_for_again_in_its_next_life() -> None:
+    core = make_core()
+    for _ in range(2):
+        core.made.append(b"x")
+        core.want([b"x"], fetch=False)
+        core.take()
+        core.receive([ObjectsReady([Value(b"x", Where.ELSEWHERE, size=10)])])
+        core.want([b"x"], fetch=True)
+        assert WaitObjects([b"x"], True) in core.take()
+        core.dropped.append(b"x")
+        core.take()
+
+
 def test_a_drop_of_what_was_never_counted_is_ignored() -> None:
     core = make_core()
     core.dropped.append(b"of an earlier session")

@@ -1,5 +1,6 @@
 """The Trio API on a real cluster of three nodes."""
 
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -12,6 +13,7 @@ import trio
 
 import trio_ray
 from trio_ray import Cluster, exceptions
+from trio_ray.runtime.transport import frames
 
 
 @pytest.fixture
@@ -158,3 +160,33 @@ async def test_another_cluster_is_refused_meanwhile(cluster: Cluster) -> None:
     with pytest.raises(RuntimeError, match="already"):
         async with trio_ray.open_cluster():
             raise AssertionError("not reached")
+
+
+async def test_a_thread_that_submits_without_end_does_not_keep_trio_from_running(cluster: Cluster) -> None:
+    stop = threading.Event()
+
+    def submit_on() -> None:
+        while not stop.is_set():
+            square.remote(1)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, submit_on)
+            try:
+                for number in range(20):
+                    assert await square.remote(number) == number * number
+            finally:
+                stop.set()
+
+
+async def test_what_no_frame_can_carry_is_an_error_for_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = bytes(1 << 20)
+
+    def holds_much() -> int:
+        return len(large)
+
+    async with trio_ray.open_cluster(num_cpus=1) as cluster:
+        monkeypatch.setattr(frames, "MAX_CONTROL_BYTES", 1 << 16)
+        with trio.fail_after(10) as limit, pytest.raises(exceptions.RaySystemError, match="larger than a frame"):
+            await cluster.submit(holds_much)
+        assert not limit.cancel_called, "it was told only when the deadline woke Trio"
