@@ -273,6 +273,13 @@ class SyncConnection:
 
     # -- the pump ------------------------------------------------------------------------------------------------
 
+    def flush_some_time(self) -> None:
+        """Something waits to be sent: Trio, or the pump, is to see to it."""
+        if self.flush_later is not None:
+            self.flush_later()
+        elif self._asleep:
+            self._wake_pump()
+
     def _wake_pump(self) -> None:
         if not self._asleep:
             return  # somebody has woken it; it takes until it gets the interpreter's lock
@@ -495,8 +502,7 @@ class SyncConnection:
 
     def _unpinned(self, object_id: bytes) -> None:
         self.core.unpinned.append(object_id)
-        if self._asleep:
-            self._wake_pump()
+        self.flush_some_time()
 
     def window(self, transfer: int, position: int, size: int) -> memoryview:
         """Where the bytes of a streamed value go."""

@@ -64,8 +64,8 @@ class WorkerConnection(SyncConnection):
             send = self.worker.done(result, self.now())
         if send:
             self.flush()
-        elif self._asleep:
-            self._wake_pump()  # it sends the result if the next task is a long one
+        else:
+            self.flush_some_time()  # if the next task is a long one
 
     def wait_for_tasks(self) -> None:
         """Block until there is a task to begin."""
