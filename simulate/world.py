@@ -42,14 +42,8 @@ class World:
     @contextmanager
     def bound(self) -> Iterator[None]:
         """Let references be counted and awaited here; afterwards as before."""
-        before = refs._made, refs._made_many, refs._dropped, refs._wake, refs.waiting
-        refs.bind(self.register)
-        refs.wake_with(None)
-        refs.wait_with(SessionWaiting())
-        try:
+        with refs.bound(self.register, SessionWaiting()):
             yield
-        finally:
-            refs._made, refs._made_many, refs._dropped, refs._wake, refs.waiting = before
 
     def _make_worker(self, host: Host, process: Address) -> SimulatedWorker:
         return SimulatedWorker(host, process, self)

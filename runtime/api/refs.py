@@ -7,7 +7,8 @@ out of a value and dropping one is one ``append``, which is safe in any thread a
 
 import gc
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -189,6 +190,20 @@ def unbind() -> None:
     global _made, _made_many, _dropped, _wake, waiting
     _made = _dropped = _made_many = _nowhere
     _wake = waiting = None
+
+
+@contextmanager
+def bound(core: Counter, by: Waiting) -> Iterator[None]:
+    """Within the block references are counted in ``core``, where drops are noticed anyway, and awaited through ``by``;
+    afterwards as before."""
+    global _made, _made_many, _dropped, _wake, waiting
+    before = _made, _made_many, _dropped, _wake, waiting
+    bind(core)
+    _wake, waiting = None, by
+    try:
+        yield
+    finally:
+        _made, _made_many, _dropped, _wake, waiting = before
 
 
 def wake_with(wake: Callable[[], None] | None) -> None:

@@ -18,7 +18,6 @@ from trio_ray.runtime.transport.eager import EagerReads
 @asynccontextmanager
 async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
     """Within the block, Trio reads the connection."""
-    token = trio.lowlevel.current_trio_token()
     thread = threading.get_ident()
 
     def flush() -> bool:
@@ -35,10 +34,7 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
 
     def flush_later() -> None:
         if threading.get_ident() != thread:  # in Trio's own, the round ends with a flush anyway
-            try:
-                token.run_sync_soon(_nothing, idempotent=True)
-            except trio.RunFinishedError:
-                pass
+            eager.wake()
 
     def read() -> None:
         try:
@@ -61,7 +57,3 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
                     nursery.cancel_scope.cancel()
         finally:
             connection.hand_to_trio(None)
-
-
-def _nothing() -> None:
-    pass

@@ -56,6 +56,13 @@ class EagerReads(trio.abc.Instrument):
         """When nobody adds or removes any more."""
         self._epoll.close()
 
+    def wake(self) -> None:
+        """Let the loop go round once more, and so flush; from any thread. Nothing happens when it has ended."""
+        try:
+            self._token.run_sync_soon(_nothing, idempotent=True)
+        except trio.RunFinishedError:
+            pass
+
     def after_io_wait(self, timeout: float) -> None:
         """The loop has woken. What is called here may make tasks runnable: they run right after."""
         try:
@@ -73,14 +80,14 @@ class EagerReads(trio.abc.Instrument):
         """Trio has nothing else to run now. What the flush wakes must not wait for the next I/O."""
         try:
             if self._flush():
-                self._token.run_sync_soon(_nothing, idempotent=True)
+                self.wake()
         except Exception as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._scope.cancel()
-        self._token.run_sync_soon(_nothing, idempotent=True)
+        self.wake()
 
 
 def _nothing() -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import trio_ray as ray
+from tests.runtime.processes import eventually
 from trio_ray import exceptions
 from trio_ray.runtime.api.context import current
 
@@ -21,14 +22,6 @@ def cluster() -> Iterator[None]:
     with ray.init(num_cpus=2, resources={"lamp": 1}):
         yield
     assert not ray.is_initialized()
-
-
-def eventually(holds: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Wait until something that happens in another process has."""
-    until = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.005)
 
 
 @ray.remote

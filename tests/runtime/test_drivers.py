@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import trio
 
 import trio_ray as ray
+from tests.runtime.processes import eventually
 from trio_ray import exceptions
 from trio_ray.runtime.client.driver import connect_to
 from trio_ray.runtime.client.find import SECRET_VARIABLE, Place
@@ -23,14 +24,6 @@ from trio_ray.runtime.transport.blocking import BlockingLink
 from trio_ray.runtime.transport.handshake import Hello
 
 ROOT = Path(__file__).parents[2]
-
-
-def eventually(holds: Callable[[], bool], limit_s: float = 15.0) -> None:
-    """Wait until something that happens in another process has."""
-    until = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
