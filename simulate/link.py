@@ -102,7 +102,7 @@ class SimulatedLink:
         """Send what was added, now."""
         if self.closed:
             raise RaySystemError(self.closed)
-        while self.core.pending:
+        if self.core.pending:
             self.send(self.core.take())
 
     def send(self, messages: list[AnyMessage]) -> None:

@@ -115,7 +115,7 @@ class SimulatedWorker(SimulatedLink):
             interrupted, self.worker.interrupted = self.worker.interrupted, []
             for task_id in interrupted:
                 self._interrupt(task_id)
-        while self.core.pending:
+        if self.core.pending:
             self.send(self.worker.take())
         for strand, (job, rest, enough) in list(self._waiting.items()):
             if strand in self._waiting and enough():
@@ -125,7 +125,7 @@ class SimulatedWorker(SimulatedLink):
     def flush(self) -> None:
         """Send what was added and what is done."""
         self._due = False
-        while not self.closed and self.worker.pending:
+        if not self.closed and self.worker.pending:
             self.send(self.worker.take())
 
     def end(self, reason: str) -> None:

@@ -97,6 +97,7 @@ class SyncConnection:
         """Let the pump work, in a thread of its own."""
         self._pump = threading.Thread(target=self._run_pump, name="trio-ray-pump", daemon=True)
         self._pump.start()
+        self.core.patient = True
 
     # -- the core's view of a worker's extra work: overridden there ------------------------------------------------
 
@@ -359,6 +360,7 @@ class SyncConnection:
     def hand_to_trio(self, flush_later: Callable[[], None] | None) -> None:
         """From now on a Trio task reads, and ``flush_later`` arranges for a flush (None: the pump does both again)."""
         self.flush_later = flush_later
+        self.core.patient = flush_later is None and self._pump is not None
         refs.wake_with(flush_later)
         self._wake_pump()
         with self._reading:

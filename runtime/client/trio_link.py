@@ -79,15 +79,10 @@ class TrioConnection:
 
     def _flush_now(self) -> None:
         self._scheduled = False
-        for _ in range(2):  # the second time for references that came to rest
-            if self.core.failure or not self.core.pending:
-                return
-            with self.lock:
-                messages = self.core.take()
-            if messages:
-                self._link.send(_encode(messages))
-        if self.core.pending:  # of other threads
-            self.flush_soon()
+        with self.lock:
+            messages = self.core.take()
+        if messages and not self.core.failure:
+            self._link.send(_encode(messages))
 
     async def read_forever(self) -> None:
         """Take in what the node says, until the link is closed."""

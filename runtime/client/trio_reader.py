@@ -21,16 +21,13 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
     thread = threading.get_ident()
 
     def flush() -> bool:
-        if connection.core.failure:
+        if connection.core.failure or not connection.pending:
             return False
         try:
-            for _ in range(2):  # the second tells of references that came to rest; other threads may go on without end
-                if not connection.pending:
-                    return False
-                connection.flush()
+            connection.flush()
         except RaySystemError:
             return True  # whoever waits was told just now, and is to run
-        return connection.pending
+        return connection.pending  # of other threads, which may go on without end: the next round's
 
     def flush_later() -> None:
         if threading.get_ident() != thread:  # in Trio's own, the round ends with a flush anyway

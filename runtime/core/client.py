@@ -92,6 +92,8 @@ class ClientCore:
         """Some object turned out to be an error."""
         self.failure = ""
         """Why the link is closed; empty while it is open."""
+        self.patient = False
+        """Whoever calls ``take`` calls again soon while something is ``pending``."""
         self._untold: dict[bytes, None] = {}
         """References of which the node has not been told, in order."""
         self._uncounted: set[bytes] = set()
@@ -190,8 +192,8 @@ class ClientCore:
         """What is to be sent now, as one frame. A worker's results stand after the references they may carry are
         held, and before those it dropped are let go.
 
-        New references alone are no reason for a frame: what they came from is held. They go with the next, or when
-        the logs have come to rest; call again while ``pending``.
+        If the shell is ``patient``, new references alone are no reason for a frame: what they came from is held. They
+        go with the next, or when the logs have come to rest.
         """
         dropped = self._drain(self.dropped)
         made = self._drain(self.made)
@@ -203,7 +205,7 @@ class ClientCore:
             removed = self._count(made, dropped)
         unpinned = self._drain(self.unpinned) if self.unpinned else None
         added: list[bytes] = []
-        if self._untold and (done is not None or messages or removed or unpinned or not made):
+        if self._untold and (not (self.patient and made) or done is not None or messages or removed or unpinned):
             added, self._untold = list(self._untold), {}
         if done is not None:
             if added:

@@ -97,6 +97,7 @@ def test_a_dropped_reference_is_told_after_the_tasks_that_use_it() -> None:
 
 def test_a_reference_that_came_and_went_between_flushes_is_not_told() -> None:
     core = make_core()
+    core.patient = True
     core.made.append(b"brief")
     core.dropped.append(b"brief")
     core.made.append(b"kept")
@@ -111,6 +112,7 @@ def test_a_reference_that_came_and_went_between_flushes_is_not_told() -> None:
 
 def test_new_references_are_told_with_whatever_is_told_next() -> None:
     core = make_core()
+    core.patient = True
     container = submit(core, 0)
     core.take()
     for name in (b"a", b"b", b"a"):
@@ -125,6 +127,12 @@ def test_new_references_are_told_with_whatever_is_told_next() -> None:
     core.dropped += [b"a", b"d"]
     assert core.take() == [References([], [b"a", b"d"])]
     assert core.counts == {b"c": 1}
+
+
+def test_a_shell_that_does_not_come_back_tells_new_references_at_once() -> None:
+    core = make_core()
+    core.made.append(b"a")
+    assert core.take() == [References([b"a"], [])] and not core.pending
 
 
 def test_an_object_that_was_looked_at_in_the_short_life_of_its_reference_is_forgotten() -> None:
