@@ -12,7 +12,7 @@ from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.nursery import Nursery, start
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.session import Session
-from trio_ray.runtime.api.waiting import value_in_trio, wait_in_trio
+from trio_ray.runtime.api.waiting import check_wait, split, value_in_trio, wait_in_trio
 
 
 class Cluster:
@@ -114,7 +114,7 @@ class Cluster:
             await wait_in_trio(
                 self._session, wanted, num_returns, fetch=False, stop_at_error=return_when == "first_error"
             )  # fmt: skip
-        return split(self._session, wanted, num_returns)
+        return split(self._session, wanted, num_returns, fetch=False)
 
     async def put(self, value: object) -> ObjectRef:
         """Store a value; a reference to it."""
@@ -171,49 +171,3 @@ class Cluster:
             raise LookupError(answers[0].error)
         body: bytes = answers[0].body
         return body
-
-
-def check_wait(session: Session, refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
-    """Raise for what ``wait`` cannot wait for."""
-    # Programs wait for one of a thousand, a thousand times, each time for what was left the last time. What looks at
-    # every reference is left to C code here, and done once: the hash tells a list that ``split`` made.
-    if not session.checked or hash(tuple(refs)) != session.checked:
-        try:
-            b"".join(refs)
-        except TypeError:
-            wrong = next(ref for ref in refs if not isinstance(ref, ObjectRef))
-            raise TypeError(f"wait() takes a list of ObjectRefs; it was given {wrong!r}") from None
-        if not refs:
-            raise ValueError("wait() was given an empty list; there is nothing to wait for")
-        if len(set(refs)) != len(refs):
-            raise ValueError("wait() was given the same reference twice; each may be in the list once")
-    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns <= 0:
-        raise ValueError(f"num_returns is a number above zero, not {num_returns!r}")
-    if num_returns > len(refs):
-        raise ValueError(f"num_returns is {num_returns}, but there are only {len(refs)} references to wait for")
-    if return_when not in ("num_returns", "first_error"):
-        raise ValueError(f"return_when is 'num_returns' or 'first_error', not {return_when!r}")
-
-
-def split(
-    session: Session, refs: Sequence[ObjectRef], num_returns: int
-) -> tuple[list[ObjectRef], list[ObjectRef]]:
-    """At most ``num_returns`` of the objects that exist, and the rest, both in the order given."""
-    ready: list[ObjectRef] = []
-    rest: list[ObjectRef] = []
-    values = session.core.values
-    position = 0
-    for ref in refs:
-        if values.get(ref) is not None:
-            ready.append(ref)
-        else:
-            rest.append(ref)
-        position += 1
-        if len(ready) == num_returns:
-            break
-    if rest:
-        rest += refs[position:]
-    else:
-        rest = list(refs[position:])
-    session.checked = hash(tuple(rest)) if rest else 0
-    return ready, rest

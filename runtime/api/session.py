@@ -40,8 +40,8 @@ class Session:
         """Templates that this link has been given."""
         self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """Handles of named actors that this process created, by ``namespace/name``."""
-        self.checked = 0
-        """The hash of the list of references that ``wait`` returned last: one that it need not look through again."""
+        self.left: tuple[int, ...] = ()
+        """The mark of the list of references that ``wait`` left last: one that it need not look through again."""
         self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
         """The process's own, implicit task."""
 

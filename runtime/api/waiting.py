@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.errors import RayError, RaySystemError
 from trio_ray.runtime.api.refs import ObjectRef
+from trio_ray.runtime.core.messages import Where
 from trio_ray.runtime.core.waiter import Waiter
+
+ELSEWHERE = Where.ELSEWHERE
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -116,3 +119,63 @@ class SessionWaiting:
         import asyncio
 
         return asyncio.wrap_future(self.future(ref)).__await__()
+
+
+# -- wait(): which of the objects are ready, and which are left --------------------------------------------------------
+
+
+def _mark(refs: Sequence[ObjectRef]) -> tuple[int, ...]:
+    """Tells a list from others at a cost that does not grow with it: its place, its length, the places of its ends."""
+    return (id(refs), len(refs), id(refs[0]), id(refs[-1])) if refs else ()
+
+
+def check_wait(session: "Session", refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
+    """Raise for what ``wait`` cannot wait for."""
+    # Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which had been
+    # looked through. A list that was changed in the middle since passes too, until there is something to wait for.
+    if not refs or session.left != _mark(refs):
+        check_refs(refs)
+    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns <= 0:
+        raise ValueError(f"num_returns is a number above zero, not {num_returns!r}")
+    if num_returns > len(refs):
+        raise ValueError(f"num_returns is {num_returns}, but there are only {len(refs)} references to wait for")
+    if return_when not in ("num_returns", "first_error"):
+        raise ValueError(f"return_when is 'num_returns' or 'first_error', not {return_when!r}")
+
+
+def check_refs(refs: Sequence[ObjectRef]) -> None:
+    """Raise unless these are references, each of them once."""
+    try:
+        b"".join(refs)
+    except TypeError:
+        wrong = next(ref for ref in refs if not isinstance(ref, ObjectRef))
+        raise TypeError(f"wait() takes a list of ObjectRefs; it was given {wrong!r}") from None
+    if not refs:
+        raise ValueError("wait() was given an empty list; there is nothing to wait for")
+    if len(set(refs)) != len(refs):
+        raise ValueError("wait() was given the same reference twice; each may be in the list once")
+
+
+def split(
+    session: "Session", refs: Sequence[ObjectRef], num_returns: int, *, fetch: bool
+) -> tuple[list[ObjectRef], list[ObjectRef]]:
+    """At most ``num_returns`` of the objects that exist (``fetch``: are here), and the rest, each in the order given."""
+    ready: list[ObjectRef] = []
+    rest: list[ObjectRef] = []
+    values = session.core.values
+    position = 0
+    for ref in refs:
+        value = values.get(ref)
+        position += 1
+        if value is None or (fetch and value.where is ELSEWHERE):
+            rest.append(ref)
+            continue
+        ready.append(ref)
+        if len(ready) == num_returns:
+            break
+    if rest:
+        rest += refs[position:]
+    else:
+        rest = refs[position:] if type(refs) is list else list(refs[position:])
+    session.left = _mark(rest)
+    return ready, rest

@@ -8,11 +8,11 @@ import msgspec
 
 from trio_ray.runtime.api import timeline as chrome_trace
 from trio_ray.runtime.api.actors import ActorClass, ActorHandle, make_actor_class
-from trio_ray.runtime.api.cluster import check_wait, split
 from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.errors import GetTimeoutError, RayError
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.remote import RemoteFunction, make_remote_function
+from trio_ray.runtime.api.waiting import check_refs, check_wait, split
 
 
 class Decorator(Protocol):
@@ -118,10 +118,14 @@ def wait(
         raise TypeError(f"wait() takes a list of ObjectRefs, not {ray_waitables!r}")
     session = current().session
     check_wait(session, ray_waitables, num_returns, return_when)
-    session.link.wait(
-        ray_waitables, num_returns, timeout, fetch=fetch_local, stop_at_error=return_when == "first_error"
-    )  # fmt: skip
-    return split(session, ray_waitables, num_returns)
+    ready, rest = split(session, ray_waitables, num_returns, fetch=fetch_local)
+    if len(ready) < num_returns:
+        check_refs(ray_waitables)
+        session.link.wait(
+            ray_waitables, num_returns, timeout, fetch=fetch_local, stop_at_error=return_when == "first_error"
+        )  # fmt: skip
+        ready, rest = split(session, ray_waitables, num_returns, fetch=fetch_local)
+    return ready, rest
 
 
 def cancel(ref: ObjectRef, *, force: bool = False, recursive: bool = True) -> None:

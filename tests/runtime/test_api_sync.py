@@ -219,6 +219,21 @@ def test_wait_keeps_the_order_and_limits() -> None:
             ray.wait(wrong)  # type: ignore[arg-type]
 
 
+def test_wait_looks_through_a_list_that_was_changed_since_wait_left_it() -> None:
+    slow = sleep.remote(60)
+    refs = [square.remote(i) for i in range(3)]
+    _, rest = ray.wait([refs[0], slow, refs[1], refs[2]], num_returns=3)
+    assert rest == [slow]
+    rest += [refs[0], 1, slow]  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="1"):
+        ray.wait(rest)
+    _, rest = ray.wait([slow, *refs, sleep.remote(0)])
+    rest[1] = rest[0]  # its length and its ends are as wait left them
+    with pytest.raises(ValueError, match="twice"):
+        ray.wait(rest, num_returns=3, timeout=60)
+    ray.cancel(slow)
+
+
 def test_what_is_no_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="ObjectRef"):
         ray.get(3)  # type: ignore[call-overload]
