@@ -159,7 +159,7 @@ def check_refs(refs: Sequence[ObjectRef]) -> None:
 def split(
     session: "Session", refs: Sequence[ObjectRef], num_returns: int, *, fetch: bool
 ) -> tuple[list[ObjectRef], list[ObjectRef]]:
-    """At most ``num_returns`` of the objects that exist (``fetch``: are here), and the rest, each in the order given."""
+    """At most ``num_returns`` of the objects that exist (``fetch``: are here), and the rest, in the order given."""
     ready: list[ObjectRef] = []
     rest: list[ObjectRef] = []
     values = session.core.values

@@ -231,6 +231,7 @@ class NodeMachine:
             effects += self.ledger.flush([])
             effects += finished
         self.transfers.flush(effects)
+        self.write_behind.sweep()
         if self.write_behind.pending:
             self._set_timer("write-behind", now + self._config.write_behind_s)
         deadline = self.tasks.next_deadline()
@@ -314,11 +315,7 @@ class NodeMachine:
         table = self.table
         for object_id in message.added:
             table.hold(table.know(object_id), source)
-        entries = table.entries
-        for object_id in message.removed:
-            entry = entries.get(object_id)
-            if entry is not None:
-                table.unhold(entry, source)
+        table.unhold_all(message.removed, source)
 
     def _actor_handles(self, source: Address, message: ActorHandles) -> None:
         """A handle is a reference to the result of the actor's creation."""

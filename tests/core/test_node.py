@@ -420,6 +420,50 @@ def test_actor_calls_run_in_order_wherever_the_actor_is(remote: bool) -> None:
         assert harness.machines[node].scheduler.available == dict(harness.machines[node].info.resources)
 
 
+def test_a_call_that_waits_for_its_input_is_not_overtaken() -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION, held=())
+    harness = Harness()
+    driver = harness.driver()
+    seen: list[bytes] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
+        if spec.actor:
+            seen.append(spec.args)
+        return ok(spec)
+
+    harness.behave = behave
+    creation = driver.spec(create)
+    driver.submit(creation, templates=[create])
+    harness.advance(1.0)  # the actor is there
+    slow = driver.spec(NOOP)
+    calls = [driver.spec(CALL, actor=creation.task_id, args=b"%d" % i) for i in range(6)]
+    calls[2] = driver.spec(CALL, ids.return_id(slow.task_id, 0), actor=creation.task_id, args=b"2")
+    driver.submit(*calls, templates=[CALL])
+    harness.run()
+    assert seen == [b"0", b"1"]
+    driver.submit(slow, templates=[NOOP])
+    harness.advance(1.0)
+    assert seen == [b"%d" % i for i in range(6)]
+
+
+def test_a_call_repeated_when_its_actor_is_forgotten_leaves_nothing_behind() -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION, held=())
+    harness = Harness()
+    driver = harness.driver()
+    creation = driver.spec(create)
+    call = driver.spec(CALL, actor=creation.task_id)
+    driver.submit(creation, templates=[create])
+    refs = driver.submit(call, templates=[CALL])
+    harness.advance(1.0)
+    driver.send(ActorHandles([], [creation.task_id]))
+    harness.advance(1.0)
+    driver.send(SubmitTasks([call]))
+    harness.advance(1.0)
+    driver.send(References([], refs))
+    harness.advance(1.0)
+    assert harness.machines["n:0"].table.entries == {}
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_calls_of_a_killed_actor_fail(remote: bool) -> None:
     create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1} if remote else {})

@@ -10,10 +10,14 @@ from zlib import crc32
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send
 from trio_ray.runtime.core.messages import Address, ForgetTasks, LogEvents, LogTasks, TaskRecord, control_address
-from trio_ray.runtime.core.objects.table import ObjectTable
-from trio_ray.runtime.core.scheduling.local import Phase
+from trio_ray.runtime.core.objects.table import GONE, ObjectTable
+from trio_ray.runtime.core.scheduling.local import DONE
 from trio_ray.runtime.core.spec import TaskTemplate
 from trio_ray.runtime.core.tasks import Tasks
+
+SWEEP = 1_000
+"""Tasks among which to look for those that are over. Few enough that they are in the processor's caches: whatever is
+allocated next takes the places of what is let go here."""
 
 
 class WriteBehind:
@@ -25,11 +29,27 @@ class WriteBehind:
         self._tasks = tasks
         self._table = table
         self._event_shard = crc32(node.encode()) % shards
+        self._enough = SWEEP
+        """So many tasks to be logged are worth another look."""
 
     @property
     def pending(self) -> bool:
         """Whether there is something to write."""
         return bool(self._tasks.events or self._tasks.unlogged or self._table.unreported)
+
+    def sweep(self) -> None:
+        """Let go of tasks that are done, with their results dropped, if there may be many of them."""
+        if len(self._tasks.unlogged) >= self._enough:
+            self._sweep()
+            self._enough = max(SWEEP, 2 * len(self._tasks.unlogged))
+
+    def _sweep(self) -> None:
+        tasks, table = self._tasks, self._table
+        tasks.unlogged = [
+            task for task in tasks.unlogged
+            if task.phase is not DONE or task.result is None or task.result.state is not GONE
+        ]  # fmt: skip
+        table.unreported = [entry for entry in table.unreported if entry.state is not GONE]
 
     def write(self, effects: list[AnyEffect]) -> None:
         """Send the batches."""
@@ -37,15 +57,17 @@ class WriteBehind:
         if tasks.events:
             effects.append(Send(control_address(self._event_shard), LogEvents(tasks.events)))
             tasks.events = []
+        self._sweep()
+        self._enough = SWEEP
         for entry in table.unreported:
-            if entry.local and (entry.holders or entry.pins) and table.entries.get(entry.object_id) is entry:
+            if entry.local and (entry.holders or entry.pins):
                 table.export(entry)
         table.unreported = []
         records: dict[int, tuple[list[TaskRecord], dict[bytes, TaskTemplate]]] = {}
         for task in tasks.unlogged:
             spec, count = task.spec, task.template.template.num_returns
             outputs = [table.entries.get(ids.return_id(spec.task_id, index)) for index in range(count)]
-            if task.phase == Phase.DONE and not any(outputs):
+            if task.phase is DONE and not any(outputs):
                 continue
             task.logged = True
             for output in outputs:
@@ -53,7 +75,7 @@ class WriteBehind:
                     output.logged = count
             shard = ids.shard_of(spec.task_id, self._shards)
             batch, templates = records.setdefault(shard, ([], {}))
-            batch.append(TaskRecord(spec, task.node or self._node, 0 if task.phase == Phase.DONE else -1))
+            batch.append(TaskRecord(spec, task.node or self._node, 0 if task.phase is DONE else -1))
             if not task.template.logged:
                 task.template.logged = True
                 templates[spec.template] = task.template.template
