@@ -9,40 +9,36 @@ from contextvars import ContextVar
 from itertools import count
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from trio_ray.runtime.core import ids
 
 if TYPE_CHECKING:
     from trio_ray.runtime.api.session import Session
 
 
-class TaskContext:
-    """The running task: its ids, the counters from which its children's ids derive, its scope and deadline."""
+class TaskContext(msgspec.Struct, eq=False):
+    """The running task: its ids, the counters from which its children's ids derive, its scope and deadline.
 
-    __slots__ = (
-        "_prefix", "actor_id", "children", "deadline", "in_trio", "name", "puts", "scope", "scopes", "session",
-        "spawned", "task_id",
-    )  # fmt: skip
+    A struct only because C code fills it in: a worker makes one for every task.
+    """
 
-    def __init__(
-        self, session: "Session", task_id: bytes, scope: bytes, *, name: str = "", deadline: float | None = None,
-        actor_id: bytes = b"", in_trio: bool = False,
-    ) -> None:  # fmt: skip
-        self.session = session
-        self.task_id = task_id
-        self._prefix = b""
-        self.children = count()
-        self.puts = count()
-        self.scopes = count()
-        self.scope = scope
-        """What its children belong to unless they are started in a nursery."""
-        self.deadline = deadline
-        """On the node's clock; its children inherit it."""
-        self.name = name
-        self.actor_id = actor_id
-        self.in_trio = in_trio
-        """Trio runs here: a surrounding deadline passes on to children."""
-        self.spawned = False
-        """It submitted tasks."""
+    session: "Session"
+    task_id: bytes
+    scope: bytes
+    """What its children belong to unless they are started in a nursery."""
+    name: str = ""
+    deadline: float | None = None
+    """On the node's clock; its children inherit it."""
+    actor_id: bytes = b""
+    in_trio: bool = False
+    """Trio runs here: a surrounding deadline passes on to children."""
+    spawned: bool = False
+    """It submitted tasks."""
+    children: "count[int]" = msgspec.field(default_factory=count)
+    puts: "count[int]" = msgspec.field(default_factory=count)
+    scopes: "count[int]" = msgspec.field(default_factory=count)
+    _prefix: bytes = b""
 
     @property
     def prefix(self) -> bytes:

@@ -55,20 +55,20 @@ def returned(template: TaskTemplate, value: Any) -> Sequence[Any]:
 
 def outputs(link: Link, spec: TaskSpec, template: TaskTemplate, value: Any) -> tuple[Output, ...]:
     """A function's return value as the task's outputs; large ones are in the object store then."""
-    if value is None and template.num_returns == 1:
-        return NONE_OUTPUTS
-    made = []
-    for index, item in enumerate(returned(template, value)):
-        try:
-            payload, contained = serialize(item, link.inline_limit)
-        except TypeError as error:
-            raise TypeError(f"the return value of {template.name}: {error}") from error
-        if isinstance(payload, Packed):
-            offset = link.store(ids.return_id(spec.task_id, index), payload)
-            made.append(Output(b"", offset, payload.size, contained))
-        else:
-            made.append(Output(payload, -1, len(payload), contained))
-    return tuple(made)
+    if template.num_returns == 1:
+        return NONE_OUTPUTS if value is None else (_output(link, spec, template, 0, value),)
+    return tuple(_output(link, spec, template, index, item) for index, item in enumerate(returned(template, value)))
+
+
+def _output(link: Link, spec: TaskSpec, template: TaskTemplate, index: int, value: Any) -> Output:
+    try:
+        payload, contained = serialize(value, link.inline_limit)
+    except TypeError as error:
+        raise TypeError(f"the return value of {template.name}: {error}") from error
+    if type(payload) is bytes:
+        return Output(payload, -1, len(payload), contained)
+    assert isinstance(payload, Packed)
+    return Output(b"", link.store(ids.return_id(spec.task_id, index), payload), payload.size, contained)
 
 
 def failure(template: TaskTemplate, error: BaseException, place: str) -> tuple[Status, tuple[Output, ...]]:

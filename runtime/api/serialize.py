@@ -38,8 +38,8 @@ _ONLY_REFS = {refs.ObjectRef}
 _MANY_IDS = Struct(f"{OBJECT_ID_BYTES}s" * 256)
 _dumps, _loads = pickle.dumps, pickle.loads
 NONE = _dumps(None, 5)
-_NO_CLASSES = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
-"""Values of these types name no class, so a long one need not be searched for names."""
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
+"""Values of these types hold no references, and name no class that would have to be looked for in the pickle."""
 
 
 class _Found(threading.local):
@@ -78,6 +78,9 @@ def serialize(value: object, inline_limit: int) -> tuple[bytes | Packed, tuple[b
     The payload is ``bytes`` up to ``inline_limit``, ``Packed`` beyond. Raises TypeError, with a sentence, for what
     cannot be pickled.
     """
+    if type(value) in _PLAIN:
+        data = _dumps(value, 5)
+        return (data if len(data) <= inline_limit else Packed([(0, data)], len(data))), ()
     if type(value) is list and value and type(value[0]) is refs.ObjectRef and set(map(type, value)) == _ONLY_REFS:
         return _references(value, inline_limit)
     found = _found.refs
@@ -86,7 +89,7 @@ def serialize(value: object, inline_limit: int) -> tuple[bytes | Packed, tuple[b
     buffers: list[PickleBuffer] = []
     try:
         data = _dumps(value, 5, buffer_callback=buffers.append)
-        if type(value) not in _NO_CLASSES and (b"__main__" in data or _by_value_modules()):
+        if b"__main__" in data or _by_value_modules():
             raise pickle.PicklingError
     except Exception:
         found.clear()

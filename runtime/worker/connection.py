@@ -53,15 +53,24 @@ class WorkerConnection(SyncConnection):
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
-    def next(self) -> tuple[TaskSpec, Inputs] | None:
-        """Begin the next task, if there is one here."""
+    def next(self, done: TaskResult | None = None) -> tuple[TaskSpec, Inputs] | None:
+        """Begin the next task, if there is one here; ``done`` has just ended."""
+        worker = self.worker
         with self.lock:
-            return self.worker.next()
+            if done is None:
+                return worker.next()
+            send = worker.done(done, done.started_at + done.duration_s)
+            entry = None if send else worker.next()
+        if not send:
+            self.flush_some_time()  # if the next task is a long one
+            return entry
+        self.flush()
+        return self.next()
 
     def done(self, result: TaskResult) -> None:
         """A task ended; its result is sent when it is time."""
         with self.lock:
-            send = self.worker.done(result, self.now())
+            send = self.worker.done(result, result.started_at + result.duration_s)
         if send:
             self.flush()
         else:

@@ -13,7 +13,7 @@ from functools import partial
 from trio_ray.runtime.api import context, refs
 from trio_ray.runtime.api.waiting import SessionWaiting
 from trio_ray.runtime.client.sync import connect
-from trio_ray.runtime.core.messages import Status
+from trio_ray.runtime.core.messages import Status, TaskResult
 from trio_ray.runtime.core.spec import Kind
 from trio_ray.runtime.transport.handshake import Hello
 from trio_ray.runtime.worker.connection import NODE_LOST, WorkerConnection, WorkerSession
@@ -52,29 +52,31 @@ def _forget_after_fork(connection: WorkerConnection) -> None:
 def work(executor: Executor) -> None:
     """Run tasks, until the node is gone (which ends the process)."""
     connection = executor.connection
+    templates = connection.worker.templates
+    result: TaskResult | None = None
     while True:
-        entry = connection.next()
+        entry = connection.next(result)
+        result = None
         if entry is None:
             if connection.pending:
                 connection.flush()
             connection.wait_for_tasks()
             continue
         spec, inputs = entry
-        template = executor.template(spec)
+        del entry
+        template = templates[spec.template]
         if template.is_async:
             from trio_ray.runtime.worker.asynchronous import live_as_actor, run_task
 
             if template.kind == Kind.ACTOR_CREATION:
                 live_as_actor(executor, spec, inputs)
             else:
-                del entry
                 run_task(executor, spec, inputs)
             continue
-        del entry
-        result = executor.run(spec, inputs, interruptible=True)
+        result = executor.run(spec, template, inputs, interruptible=True)
         del spec, inputs
-        connection.done(result)
-        if template.kind == Kind.ACTOR_CREATION and template.max_concurrency > 1 and result.status == Status.OK:
+        if template.max_concurrency > 1 and template.kind == Kind.ACTOR_CREATION and result.status == Status.OK:
             from trio_ray.runtime.worker.threads import live_with_threads
 
+            connection.done(result)
             live_with_threads(executor, template.max_concurrency)

@@ -19,7 +19,7 @@ def live_with_threads(executor: Executor, concurrency: int) -> None:
     def serve() -> None:
         while True:
             spec, inputs = calls.get()
-            result = executor.run(spec, inputs, interruptible=False)
+            result = executor.run(spec, executor.template(spec), inputs, interruptible=False)
             del spec, inputs
             connection.done(result)
             del result
