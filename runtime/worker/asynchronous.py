@@ -7,7 +7,8 @@ time; plain methods among them run in Trio's thread, between two steps of the ot
 import inspect
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,9 @@ from trio_ray.runtime.api import context
 from trio_ray.runtime.api.execute import arguments, failure, outputs
 from trio_ray.runtime.client.trio_reader import read_in_trio
 from trio_ray.runtime.core.messages import Output, Status, TaskResult
-from trio_ray.runtime.core.spec import Kind, TaskSpec
+from trio_ray.runtime.core.spec import TaskSpec
 from trio_ray.runtime.core.worker import Inputs
-from trio_ray.runtime.worker.execute import Executor
+from trio_ray.runtime.worker.execute import CREATION, OK, Executor
 
 TURN_S = 0.001
 """How long calls may follow each other in one Trio task before others get their turn."""
@@ -45,7 +46,7 @@ class AsyncCalls:
         """Construct the actor, then serve its calls until the process ends."""
         async with read_in_trio(self._connection), trio.open_nursery() as nursery:
             self._nursery = nursery
-            await self.run(creation, inputs)
+            await self._run_alone(creation, inputs)
             self._connection.on_tasks = partial(self._news, self._begin)
             self._begin()
             await trio.sleep_forever()
@@ -55,7 +56,7 @@ class AsyncCalls:
         async with read_in_trio(self._connection):
             self._connection.on_tasks = partial(self._news, self._interrupt)
             try:
-                await self.run(spec, inputs)
+                await self._run_alone(spec, inputs)
             finally:
                 self._connection.on_tasks = _nothing
 
@@ -68,13 +69,16 @@ class AsyncCalls:
 
     def _begin(self) -> None:
         """Begin what may begin, and end what is to end."""
+        self._begin_next()
+        self._interrupt()
+
+    def _begin_next(self) -> None:
         if self._free and self._connection.worker.queue and not self._woken:
             self._woken = True
             if self._runners:
                 trio.lowlevel.reschedule(self._runners.pop())
             else:
-                self._nursery.start_soon(self._run_calls)
-        self._interrupt()
+                self._nursery.start_soon(self._serve)
 
     def _interrupt(self) -> None:
         for task_id in self._connection.worker.interrupted:
@@ -82,62 +86,121 @@ class AsyncCalls:
             if scope is not None:
                 scope.cancel()
 
-    async def _run_calls(self) -> None:
-        """Run calls, one after the other. Another runner goes on with the next ones while this one's call waits."""
-        checked_at = time.monotonic()
+    async def _run_alone(self, spec: TaskSpec, inputs: Inputs) -> None:
+        async def body(scope: trio.CancelScope) -> None:
+            self._connection.done(await self._run(scope, spec, inputs, _nothing))
+
+        await _until_cancelled(body)
+
+    async def _serve(self) -> None:
+        """Run calls. They share a cancel scope, which costs as much as a short call, until one of them is cancelled."""
         while True:
+            await _until_cancelled(self._serve_within)
+
+    async def _serve_within(self, scope: trio.CancelScope) -> None:
+        """Run calls, one after the other. Another runner goes on with the next ones while this one's call waits."""
+        connection = self._connection
+        result: TaskResult | None = None
+        turn_ends = time.monotonic() + TURN_S
+        while not scope.cancel_called:
             self._woken = False
-            entry = self._connection.next() if self._free else None
+            entry = connection.next(result) if self._free else None
+            result = None
             if entry is None:
                 self._runners.append(trio.lowlevel.current_task())
                 await trio.lowlevel.wait_task_rescheduled(self._leave)
                 continue
             self._free -= 1
-            self._begin()
-            await self.run(*entry)
+            try:
+                result = await self._run(scope, *entry, self._begin_next)
+            finally:
+                self._free += 1
             del entry
-            self._free += 1
-            if time.monotonic() - checked_at > TURN_S:  # calls that never wait must not keep the others from running
+            if result.started_at + result.duration_s > turn_ends:  # calls that never wait are not to stop the others
+                connection.done(result)
+                result = None
                 await trio.lowlevel.checkpoint()
-                checked_at = time.monotonic()
+                turn_ends = time.monotonic() + TURN_S
+        if result is not None:
+            connection.done(result)
 
     def _leave(self, _: object) -> trio.lowlevel.Abort:
         return trio.lowlevel.Abort.SUCCEEDED
 
-    async def run(self, spec: TaskSpec, inputs: Inputs) -> None:
-        """Run a task from beginning to end, and report its result."""
-        executor = self._executor
+    async def _run(
+        self, scope: trio.CancelScope, spec: TaskSpec, inputs: Inputs, waits: Callable[[], None]
+    ) -> TaskResult:
+        """Run a task from beginning to end, within ``scope``; ``waits`` is called the first time that it waits.
+
+        One that is cancelled is reported as such before the exception goes on to the scope.
+        """
+        executor, connection = self._executor, self._connection
         template = executor.template(spec)
         task = executor.enter(spec, template)
         task.in_trio = True
         context.running.set(task)
-        status = Status.OK
+        status = OK
         made: tuple[Output, ...] = ()
+        self._scopes[spec.task_id] = scope
         started = time.monotonic()
-        with trio.CancelScope() as scope:
-            self._scopes[spec.task_id] = scope
-            if self._connection.worker.interrupted:  # perhaps before it began
+        try:
+            if connection.worker.interrupted:  # perhaps before it began
                 self._interrupt()
-            try:
-                value: Any = executor.target(template)
-                args, kwargs = arguments(self._connection, spec, inputs)
-                value = value(*args, **kwargs)
-                if inspect.iscoroutine(value):
-                    value = await value
-                if template.kind == Kind.ACTOR_CREATION:
-                    executor.instance, value = value, None
-                del args, kwargs
-                made = outputs(self._connection, spec, template, value)
-                del value
-            except (Exception, SystemExit) as error:
-                status, made = failure(template, error, executor.place)
+            value: Any = executor.target(template)
+            args, kwargs = arguments(connection, spec, inputs)
+            value = value(*args, **kwargs)
+            if inspect.iscoroutine(value):
+                value = await _run_coroutine(value, waits)
+            if template.kind is CREATION:
+                executor.instance, value = value, None
+            del args, kwargs
+            made = outputs(connection, spec, template, value)
+            del value
+        except (Exception, SystemExit) as error:
+            status, made = failure(template, error, executor.place)
+        except BaseException:
+            if scope.cancel_called:
+                self._ended(spec)
+                ended = time.monotonic()
+                connection.done(TaskResult(spec.task_id, Status.CANCELLED, (), started, ended - started, task.spawned))
+            raise
+        self._ended(spec)
+        return TaskResult(spec.task_id, status, made, started, time.monotonic() - started, task.spawned)
+
+    def _ended(self, spec: TaskSpec) -> None:
         del self._scopes[spec.task_id]
-        if scope.cancelled_caught:
-            status, made = Status.CANCELLED, ()
         if self._connection.worker.interrupted:
-            executor.forget_interrupt(spec.task_id)
-        ended = time.monotonic()
-        self._connection.done(TaskResult(spec.task_id, status, made, started, ended - started, task.spawned))
+            self._executor.forget_interrupt(spec.task_id)
+
+
+async def _until_cancelled(body: Callable[[trio.CancelScope], Awaitable[None]]) -> None:
+    """Run ``body`` within a cancel scope, which it is given."""
+    with trio.CancelScope() as scope:
+        try:
+            await body(scope)
+        except BaseExceptionGroup as errors:
+            # What a cancelled call's own tasks raised on their way out: the call counts as cancelled all the same.
+            cancelled = errors.subgroup(trio.Cancelled)
+            if not scope.cancel_called or cancelled is None or errors.split((trio.Cancelled, Exception))[1]:
+                raise
+            raise cancelled from None
+
+
+@types.coroutine
+def _run_coroutine(coroutine: Coroutine[Any, Any, Any], waits: Callable[[], None]) -> Generator[Any, Any, Any]:
+    """``await coroutine``, calling ``waits`` the first time that it does wait."""
+    try:
+        trap = coroutine.send(None)
+        waits()
+        while True:
+            try:
+                sent = yield trap
+            except BaseException as error:
+                trap = coroutine.throw(error)
+            else:
+                trap = coroutine.send(sent)
+    except StopIteration as ended:
+        return ended.value
 
 
 def _nothing() -> None:

@@ -464,6 +464,83 @@ def test_async_actors_and_tasks() -> None:
     assert ray.get(outer.remote(5)) == 30
 
 
+def test_calls_of_an_async_actor_begin_in_order_and_end_apart() -> None:
+    @ray.remote(max_concurrency=3)
+    class Desk:
+        def __init__(self) -> None:
+            self.begun: list[int] = []
+            self.doors: dict[int, Any] = {}
+
+        async def visit(self, number: int, *, wait: bool) -> int:
+            import trio
+
+            self.begun.append(number)
+            if wait:
+                self.doors[number] = trio.Event()
+                await self.doors[number].wait()
+            return number
+
+        async def fail(self) -> None:
+            raise ValueError("closed")
+
+        def look(self) -> list[int]:
+            return self.begun
+
+        def open(self, number: int) -> None:
+            self.doors[number].set()
+
+    desk = Desk.remote()
+    first, second, third = (desk.visit.remote(number, wait=number != 1) for number in range(3))
+    assert ray.get(second) == 1
+    assert ray.get(desk.look.remote()) == [0, 1, 2]
+    ray.cancel(first)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(first)
+    failed = desk.fail.remote()
+    with pytest.raises(ValueError, match="closed"):
+        ray.get(failed)
+    assert ray.wait([third], timeout=0) == ([], [third])
+    desk.open.remote(2)
+    assert ray.get([third, *(desk.visit.remote(n, wait=False) for n in range(3, 300))]) == list(range(2, 300))
+    assert ray.get(desk.look.remote()) == list(range(300))
+
+
+def test_a_cancelled_call_whose_cleaning_up_fails_leaves_its_actor_alive() -> None:
+    @ray.remote
+    class Pool:
+        async def swim(self, mark: Any) -> None:
+            import trio
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                try:
+                    mark.release.remote()
+                    await trio.sleep_forever()
+                finally:
+                    raise KeyError("a towel")
+
+        async def depth(self) -> int:
+            return 3
+
+    class Mark:
+        def __init__(self) -> None:
+            self.event = threading.Event()
+
+        def release(self) -> None:
+            self.event.set()
+
+        def acquire(self) -> bool:
+            return self.event.wait(20)
+
+    pool, mark = Pool.remote(), ray.remote(max_concurrency=2)(Mark).remote()
+    swim = pool.swim.remote(mark)
+    assert ray.get(mark.acquire.remote())
+    ray.cancel(swim)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(swim)
+    assert ray.get(pool.depth.remote()) == 3
+
+
 def test_an_async_task_is_cancelled(tmp_path: Path) -> None:
     mark = tmp_path / "running"
 
