@@ -79,4 +79,4 @@ def in_scope(scope: bytes, outer: bytes) -> bool:
 
 def shard_of(key: bytes, shards: int) -> int:
     """Which control-store shard holds ``key``; all objects of a task share the task's shard."""
-    return crc32(key[:TASK_ID_BYTES]) % shards
+    return crc32(key[:TASK_ID_BYTES]) % shards if shards > 1 else 0

@@ -11,7 +11,7 @@ from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send
 from trio_ray.runtime.core.messages import Address, ForgetTasks, LogEvents, LogTasks, TaskRecord, control_address
 from trio_ray.runtime.core.objects.table import GONE, ObjectTable
-from trio_ray.runtime.core.scheduling.local import DONE
+from trio_ray.runtime.core.scheduling.local import DONE, TaskEntry
 from trio_ray.runtime.core.spec import TaskTemplate
 from trio_ray.runtime.core.tasks import Tasks
 
@@ -65,16 +65,16 @@ class WriteBehind:
         table.unreported = []
         records: dict[int, tuple[list[TaskRecord], dict[bytes, TaskTemplate]]] = {}
         for task in tasks.unlogged:
-            spec, count = task.spec, task.template.template.num_returns
-            outputs = [table.entries.get(ids.return_id(spec.task_id, index)) for index in range(count)]
-            if task.phase is DONE and not any(outputs):
+            spec, result = task.spec, task.result
+            if result is not None and result.state is not GONE:
+                result.logged = 1
+            elif not self._mark_outputs(task) and task.phase is DONE:
                 continue
             task.logged = True
-            for output in outputs:
-                if output is not None:
-                    output.logged = count
             shard = ids.shard_of(spec.task_id, self._shards)
-            batch, templates = records.setdefault(shard, ([], {}))
+            if shard not in records:
+                records[shard] = ([], {})
+            batch, templates = records[shard]
             batch.append(TaskRecord(spec, task.node or self._node, 0 if task.phase is DONE else -1))
             if not task.template.logged:
                 task.template.logged = True
@@ -83,18 +83,33 @@ class WriteBehind:
         for shard, (batch, templates) in records.items():
             effects.append(Send(control_address(shard), LogTasks(batch, list(templates.values()))))
 
+    def _mark_outputs(self, task: TaskEntry) -> bool:
+        """Mark what the task made, or is to make, as having its lineage logged; whether there is any."""
+        count = task.template.template.num_returns
+        outputs = [self._table.entries.get(ids.return_id(task.spec.task_id, index)) for index in range(count)]
+        for output in outputs:
+            if output is not None:
+                output.logged = count
+        return any(outputs)
+
     def forget(self, effects: list[AnyEffect]) -> None:
         """Drop the lineage of tasks none of whose results exists any more."""
         table = self._table
         if not table.dropped:
             return
+        entries, unfinished = table.entries, self._tasks.entries
         forgotten: dict[int, dict[bytes, None]] = {}
         for entry in table.dropped:
             task_id = ids.task_of(entry.object_id)
-            if task_id not in self._tasks.entries and not any(
-                ids.return_id(task_id, index) in table.entries for index in range(entry.logged)
+            if task_id in unfinished or (
+                entry.object_id in entries if entry.logged == 1
+                else any(ids.return_id(task_id, index) in entries for index in range(entry.logged))
             ):
-                forgotten.setdefault(ids.shard_of(task_id, self._shards), {})[task_id] = None
+                continue
+            shard = ids.shard_of(task_id, self._shards)
+            if shard not in forgotten:
+                forgotten[shard] = {}
+            forgotten[shard][task_id] = None
         table.dropped = []
         for shard, task_ids in forgotten.items():
             effects.append(Send(control_address(shard), ForgetTasks(list(task_ids))))
