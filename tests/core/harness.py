@@ -41,9 +41,11 @@ from trio_ray.runtime.core.messages import (
     PLACEMENT,
     Address,
     AnyMessage,
+    CreateObject,
     Function,
     Interrupt,
     NodeInfo,
+    ObjectCreated,
     Output,
     ReturnTasks,
     RunTasks,
@@ -299,3 +301,25 @@ def ok(spec: TaskSpec, *payloads: bytes, duration_s: float = 1e-5, contained: tu
     """A task ended well."""
     outputs = tuple(Output(payload, contained=contained) for payload in payloads or (b"\x00N.",))
     return TaskResult(spec.task_id, Status.OK, outputs, 1.0, duration_s)
+
+
+def kind_of(payload: bytes) -> str:
+    """The class of a system error."""
+    assert payload[:1] == b"\x03"
+    return str(msgspec.msgpack.decode(payload[1:])[0])
+
+
+def sent(harness: Harness, kind: type) -> list[object]:
+    """All messages of a kind that were sent so far."""
+    return [effect.message for _, effect in harness.log if isinstance(getattr(effect, "message", None), kind)]
+
+
+def big(harness: Harness, worker: Worker, spec: TaskSpec, size: int) -> TaskResult:
+    """The worker writes a large result into its node's arena."""
+    node = worker.process.split("/")[0]
+    object_id = ids.return_id(spec.task_id, 0)
+    machine = harness.machines[node]
+    effects = machine.step([Received(worker.process, CreateObject(object_id, size))], harness.now)
+    offset = next(e.message.offset for e in effects if isinstance(getattr(e, "message", None), ObjectCreated))
+    harness.carry_out(node, [e for e in effects if not isinstance(getattr(e, "message", None), ObjectCreated)])
+    return TaskResult(spec.task_id, Status.OK, (Output(b"", offset, size),), 1.0, 1.0)

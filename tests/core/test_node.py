@@ -1,31 +1,19 @@
 """The node machine in a whole cluster of machines: events in, effects out, ``validate`` after each step."""
 
 import msgspec
-import pytest
 
-from tests.core.harness import Harness, Worker, ok, template
+from tests.core.harness import Harness, Worker, big, kind_of, ok, sent, template
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.effects import Send
-from trio_ray.runtime.core.machine import ProcessLost, Received, TimerFired
+from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (
     ActorHandles,
     Answer,
-    AssignTasks,
     Blocked,
     CancelScope,
     CancelTasks,
     CreateObject,
-    Function,
-    Functions,
-    Heartbeat,
-    KillActor,
-    Load,
-    LocateObjects,
-    NodesChanged,
     ObjectCreated,
-    ObjectsReady,
     Output,
-    PlaceTasks,
     Query,
     References,
     ReturnTasks,
@@ -36,23 +24,13 @@ from trio_ray.runtime.core.messages import (
     TakeBack,
     TaskResult,
     TasksDone,
-    TasksPlaced,
     Unpin,
     WaitObjects,
     Where,
 )
-from trio_ray.runtime.core.spec import Kind, TaskSpec, resources
+from trio_ray.runtime.core.spec import Kind, TaskSpec
 
 NOOP = template("noop")
-
-
-def kind_of(payload: bytes) -> str:
-    assert payload[:1] == b"\x03"
-    return str(msgspec.msgpack.decode(payload[1:])[0])
-
-
-def sent(harness: Harness, kind: type) -> list[object]:
-    return [effect.message for _, effect in harness.log if isinstance(getattr(effect, "message", None), kind)]
 
 
 def test_tasks_run_and_their_results_are_pushed_to_the_submitter() -> None:
@@ -181,18 +159,6 @@ def test_a_task_goes_where_its_resources_are() -> None:
     harness.advance(1.0)
     assert [process.split("/")[0] for process in ran] == ["n:2", "n:2"]
     assert not any(driver.values[ref].error for ref in refs)
-
-
-def big(harness: Harness, worker: Worker, spec: TaskSpec, size: int) -> TaskResult:
-    """The worker writes a large result into its node's arena."""
-    node = worker.process.split("/")[0]
-    object_id = ids.return_id(spec.task_id, 0)
-
-    machine = harness.machines[node]
-    effects = machine.step([Received(worker.process, CreateObject(object_id, size))], harness.now)
-    offset = next(e.message.offset for e in effects if isinstance(getattr(e, "message", None), ObjectCreated))
-    harness.carry_out(node, [e for e in effects if not isinstance(getattr(e, "message", None), ObjectCreated)])
-    return TaskResult(spec.task_id, Status.OK, (Output(b"", offset, size),), 1.0, 1.0)
 
 
 def test_large_results_cross_nodes_and_are_freed_everywhere() -> None:
@@ -382,175 +348,6 @@ def test_a_task_that_does_not_end_when_cancelled_is_killed_and_counts_as_cancell
     assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
 
 
-CREATE = template("Counter", kind=Kind.ACTOR_CREATION, held=())
-CALL = template("Counter.add", kind=Kind.ACTOR_CALL, num_cpus=0)
-
-
-@pytest.mark.parametrize("remote", [False, True])
-def test_actor_calls_run_in_order_wherever_the_actor_is(remote: bool) -> None:
-    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1} if remote else {})
-    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
-    driver = harness.driver()
-    seen: list[tuple[str, bytes]] = []
-
-    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
-        if spec.actor:
-            seen.append((worker.process, spec.args))
-        return ok(spec)
-
-    harness.behave = behave
-    creation = driver.spec(create)
-    slow = driver.spec(NOOP)
-    calls = [driver.spec(CALL, actor=creation.task_id, args=b"%d" % i) for i in range(20)]
-    calls[5] = driver.spec(CALL, ids.return_id(slow.task_id, 0), actor=creation.task_id, args=b"5")
-    driver.submit(creation, templates=[create])
-    refs = driver.submit(*calls, templates=[CALL])
-    driver.submit(slow, templates=[NOOP])
-    harness.advance(3.0)
-    assert [args for _, args in seen] == [b"%d" % i for i in range(20)]
-    assert len({process for process, _ in seen}) == 1
-    assert seen[0][0].startswith("n:1" if remote else "n:0")
-    assert not any(driver.values[ref].error for ref in refs)
-    driver.send(References([], [*refs, ids.return_id(slow.task_id, 0)]))
-    driver.send(ActorHandles([], [creation.task_id]))
-    harness.advance(3.0)
-    assert seen[0][0] not in harness.workers, "the actor outlived its last handle"
-    for node in ("n:0", "n:1"):
-        assert harness.machines[node].table.entries == {}
-        assert harness.machines[node].scheduler.available == dict(harness.machines[node].info.resources)
-
-
-def test_a_call_that_waits_for_its_input_is_not_overtaken() -> None:
-    create = template("Counter", kind=Kind.ACTOR_CREATION, held=())
-    harness = Harness()
-    driver = harness.driver()
-    seen: list[bytes] = []
-
-    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
-        if spec.actor:
-            seen.append(spec.args)
-        return ok(spec)
-
-    harness.behave = behave
-    creation = driver.spec(create)
-    driver.submit(creation, templates=[create])
-    harness.advance(1.0)  # the actor is there
-    slow = driver.spec(NOOP)
-    calls = [driver.spec(CALL, actor=creation.task_id, args=b"%d" % i) for i in range(6)]
-    calls[2] = driver.spec(CALL, ids.return_id(slow.task_id, 0), actor=creation.task_id, args=b"2")
-    driver.submit(*calls, templates=[CALL])
-    harness.run()
-    assert seen == [b"0", b"1"]
-    driver.submit(slow, templates=[NOOP])
-    harness.advance(1.0)
-    assert seen == [b"%d" % i for i in range(6)]
-
-
-def test_a_call_repeated_when_its_actor_is_forgotten_leaves_nothing_behind() -> None:
-    create = template("Counter", kind=Kind.ACTOR_CREATION, held=())
-    harness = Harness()
-    driver = harness.driver()
-    creation = driver.spec(create)
-    call = driver.spec(CALL, actor=creation.task_id)
-    driver.submit(creation, templates=[create])
-    refs = driver.submit(call, templates=[CALL])
-    harness.advance(1.0)
-    driver.send(ActorHandles([], [creation.task_id]))
-    harness.advance(1.0)
-    driver.send(SubmitTasks([call]))
-    harness.advance(1.0)
-    driver.send(References([], refs))
-    harness.advance(1.0)
-    assert harness.machines["n:0"].table.entries == {}
-
-
-@pytest.mark.parametrize("remote", [False, True])
-def test_calls_of_a_killed_actor_fail(remote: bool) -> None:
-    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1} if remote else {})
-    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
-    driver = harness.driver()
-    creation = driver.spec(create)
-    driver.submit(creation, templates=[create])
-    first = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
-    harness.advance(1.0)
-    assert not driver.values[first].error
-    driver.send(KillActor(creation.task_id))
-    harness.advance(1.0)
-    second = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
-    harness.advance(1.0)
-    assert kind_of(driver.values[second].payload) == "ActorDiedError"
-
-
-def test_an_actor_with_restarts_left_survives_its_worker() -> None:
-    create = template("Counter", kind=Kind.ACTOR_CREATION, held=(), max_retries=1)
-    harness = Harness()
-    driver = harness.driver()
-    creation = driver.spec(create)
-    driver.submit(creation, templates=[create])
-    for survives in (True, False):
-        first = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
-        harness.advance(0.1)
-        assert not driver.values[first].error
-        worker = harness.machines["n:0"].tasks.actors.local[creation.task_id].worker.process
-        harness.hold = True
-        running = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
-        harness.run()
-        harness.kill(worker, "killed by SIGKILL")
-        harness.run()
-        harness.hold = False
-        harness.advance(1.0)
-        assert kind_of(driver.values[running].payload) == ("ActorUnavailableError" if survives else "ActorDiedError")
-    last = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
-    harness.advance(1.0)
-    assert kind_of(driver.values[last].payload) == "ActorDiedError"
-
-
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_an_actor_whose_node_dies_restarts_elsewhere_or_is_dead(restarts: int) -> None:
-    create = template("Far", kind=Kind.ACTOR_CREATION, held=(), resources={"GPU": 1}, max_retries=restarts)
-    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1}})
-    driver = harness.driver()
-    creation = driver.spec(create)
-    driver.submit(creation, templates=[create])
-    driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])
-    harness.advance(1.0)
-    home = harness.machines["n:0"].tasks.actors.views[creation.task_id].node
-    harness.lose_node(home)
-    harness.advance(1.0)
-    call = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[])[0]
-    harness.advance(1.0)
-    if restarts:
-        assert not driver.values[call].error
-    else:
-        assert kind_of(driver.values[call].payload) == "ActorDiedError"
-
-
-def test_an_object_that_died_with_its_node_is_an_error_for_those_who_read_it() -> None:
-    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
-    driver = harness.driver()
-    far = template("far", resources={"GPU": 1})
-    harness.behave = lambda worker, spec: big(harness, worker, spec, 50_000)
-    ref = driver.submit(driver.spec(far), templates=[far])[0]
-    harness.advance(1.0)
-    harness.lose_node("n:1")
-    harness.advance(1.0)
-    driver.send(WaitObjects([ref]))
-    harness.advance(1.0)
-    assert kind_of(driver.values[ref].payload) == "ObjectLostError"
-
-
-def test_a_failing_constructor_fails_the_calls() -> None:
-    harness = Harness()
-    driver = harness.driver()
-    harness.behave = lambda worker, spec: TaskResult(spec.task_id, Status.ERROR, (Output(b"\x02no"),), 1.0, 1.0)
-    creation = driver.spec(CREATE)
-    driver.submit(creation, templates=[CREATE])
-    ref = driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0]
-    harness.advance(1.0)
-    assert driver.values[ref].error
-    assert harness.machines["n:0"].scheduler.available == {"CPU": 20_000}
-
-
 def test_tasks_spread_over_nodes_when_they_are_long() -> None:
     harness = Harness(nodes=3, cpus=2)
     driver = harness.driver()
@@ -621,39 +418,6 @@ def test_a_worker_gives_back_what_it_has_not_begun() -> None:
     assert all(ref in driver.values for ref in refs)
 
 
-def test_the_second_actor_of_a_name_is_ended_and_its_calls_say_why() -> None:
-    harness = Harness(nodes=2, shards=3)
-    first, second = harness.driver(0), harness.driver(1)
-    results = []
-    for driver in (first, second):
-        creation = driver.spec(CREATE, actor_name="ns/joe")
-        driver.submit(creation, templates=[CREATE])
-        harness.advance(0.5)
-        results.append(driver.submit(driver.spec(CALL, actor=creation.task_id), templates=[CALL])[0])
-        harness.advance(0.5)
-    assert not first.values[results[0]].error
-    assert b"an actor named 'joe' exists already" in second.values[results[1]].payload
-    assert [len(harness.machines[node].tasks.actors.local) for node in ("n:0", "n:1")] == [1, 0]
-
-
-def test_a_task_placed_at_a_node_that_has_just_died_is_placed_again() -> None:
-    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
-    driver = harness.driver()
-    machine, far = harness.machines["n:0"], template("far", resources={"GPU": 1}, max_retries=1)
-    spec = driver.spec(far)
-    dead = msgspec.structs.replace(machine.nodes["n:1"], alive=False)
-    effects = []
-    for source, message in (
-        (driver.process, SubmitTasks([spec], [far])),
-        ("control/0", NodesChanged([dead])),
-        ("placement", TasksPlaced("n:1", [spec.task_id])),
-    ):
-        effects += machine.step([Received(source, message)], harness.now)
-        machine.validate()
-    placed = [e.message for e in effects if isinstance(getattr(e, "message", None), PlaceTasks)]
-    assert [spec.task_id for message in placed for spec in message.specs] == [spec.task_id] * 2
-
-
 def test_a_node_alone_knows_what_is_available() -> None:
     harness = Harness(nodes=1)
     driver = harness.driver()
@@ -661,38 +425,6 @@ def test_a_node_alone_knows_what_is_available() -> None:
     harness.run()
     answer = driver.inbox[-1]
     assert isinstance(answer, Answer) and msgspec.msgpack.decode(answer.body) == {"CPU": 2.0}
-
-
-def test_what_waits_behind_an_actor_moves_to_a_node_that_has_room() -> None:
-    """Placement goes by loads that are old when they arrive: an actor may be sent where another has all, for life."""
-    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1}})
-    driver = harness.driver()
-    create = template("Renderer", kind=Kind.ACTOR_CREATION, resources={"GPU": 1})
-    busy = Load(9, 2, resources({"CPU": 0}), 1.0, assigned=0)
-    harness.deliver("placement", Received("n:2", Heartbeat(busy)))
-    harness.step()
-    creations = [driver.spec(create) for _ in range(2)]
-    driver.submit(*creations, templates=[create])
-    calls = driver.submit(*[driver.spec(CALL, actor=spec.task_id) for spec in creations], templates=[CALL])
-    harness.run()
-    assert len(harness.machines["n:1"].tasks.actors.local) == 1 and calls[1] not in driver.values
-    harness.advance(1.0)
-    assert [len(harness.machines[f"n:{i}"].tasks.actors.local) for i in range(3)] == [0, 1, 1]
-    assert not any(driver.values[call].error for call in calls)
-
-
-def test_tasks_do_not_wait_for_what_an_actor_holds() -> None:
-    harness = Harness(nodes=2)
-    driver = harness.driver()
-    driver.submit(*[driver.spec(NOOP) for _ in range(4)], templates=[NOOP])  # known to be short, so rather kept
-    harness.run()
-    create = template("Hog", kind=Kind.ACTOR_CREATION, num_cpus=2)
-    driver.submit(driver.spec(create), templates=[create])
-    harness.run()
-    assert harness.machines["n:0"].scheduler.held == {"CPU": 20_000}
-    refs = driver.submit(*[driver.spec(NOOP) for _ in range(50)], templates=[])
-    harness.run()
-    assert all(ref in driver.values for ref in refs), "at once"
 
 
 def test_a_stuck_queue_moves_only_if_another_node_has_room() -> None:
@@ -710,157 +442,3 @@ def test_a_stuck_queue_moves_only_if_another_node_has_room() -> None:
     driver.send(ActorHandles([], [hogs[1].task_id]))
     harness.advance(5.0)
     assert all(ref in driver.values for ref in refs)
-
-
-@pytest.mark.parametrize("far", [False, True])
-def test_a_result_that_only_another_node_waits_for_is_kept(far: bool) -> None:
-    """A task hands out the reference of a task of its own, and lets go of it, before that one is done."""
-    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"GPU": 1} if far else {}})
-    driver, other = harness.driver(), harness.driver(1)
-    give = template("give", resources={"GPU": 1})
-    child = template("child", resources={"GPU": 1} if far else {})
-    giving, made = driver.spec(give), other.spec(child)
-    inner = ids.return_id(made.task_id, 0)
-    ran: list[str] = []
-
-    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
-        if spec.task_id == made.task_id:
-            ran.append(worker.process)
-            return None if harness.now < 5.0 else ok(spec)
-        other.submit(made, templates=[child])
-        return ok(spec, b"refs", contained=(inner,))
-
-    harness.behave = behave
-    outer = driver.submit(giving, templates=[give])[0]
-    harness.advance(1.0)
-    driver.send(References([inner], []))
-    other.send(References([], [inner]))
-    driver.send(References([], [outer]))
-    harness.advance(3.0)
-    assert ran and inner not in driver.values
-    driver.send(WaitObjects([inner], fetch=True))
-    harness.advance(3.0)
-    assert driver.values[inner].payload == b"\x00N."
-    driver.send(References([], [inner]))
-    harness.advance(3.0)
-    assert [harness.machines[f"n:{i}"].table.entries for i in range(3)] == [{}, {}, {}]
-
-
-def test_a_task_given_back_is_awaited_from_elsewhere() -> None:
-    harness = Harness(nodes=2)
-    harness.run()
-    machine, driver = harness.machines["n:1"], harness.driver()
-    *before, maker = [driver.spec(NOOP) for _ in range(20)]
-    result = ids.return_id(maker.task_id, 0)
-    reader = driver.spec(NOOP, result)
-    specs = [*before, maker, reader]
-    function = Functions([Function(NOOP.function_id, "noop", b"f")])
-    arrived = [Received("control/0", function), Received("placement", AssignTasks("n:0", specs, [NOOP]))]
-    effects = machine.step(arrived, harness.now)
-    assert not [e for e in effects if isinstance(getattr(e, "message", None), LocateObjects)], "it is made here"
-    for _ in range(2):
-        effects = machine.step([TimerFired("stuck")], harness.now)
-        machine.validate()
-    messages = [e.message for e in effects if isinstance(e, Send)]
-    assert maker.task_id in next(m for m in messages if isinstance(m, ReturnTasks)).task_ids
-    assert [m.object_ids for m in messages if isinstance(m, LocateObjects)] == [[result]]
-
-
-@pytest.mark.parametrize("origin", ["n:0", "n:1"], ids=["its own", "another node's"])
-def test_a_child_under_way_is_the_new_parents_too(origin: str) -> None:
-    """Its first parent died, with the process or the whole node that submitted it; the parent runs again here."""
-    harness = Harness(nodes=2)
-    harness.run()
-    machine, first, second = harness.machines["n:0"], harness.driver(), harness.driver()
-    spec = first.spec(NOOP, scope=ids.job_scope("n:1/1"))
-    submission = SubmitTasks([spec], [NOOP], [Function(NOOP.function_id, "noop", b"f")])
-    if origin == "n:0":
-        events = [Received(first.process, submission)]
-    else:
-        events = [
-            Received("control/0", Functions(submission.functions)),
-            Received("placement", AssignTasks("n:1", [spec], [NOOP])),
-        ]
-    effects = machine.step(events, harness.now)
-    (worker,) = (e.to for e in effects if isinstance(e, Send) and isinstance(e.message, RunTasks))
-    machine.step([ProcessLost(first.process)], harness.now)
-    machine.step([Received(second.process, submission)], harness.now)
-    machine.validate()
-    result = TaskResult(spec.task_id, Status.OK, (Output(b"\x00N.", -1, 3),))
-    effects = machine.step([Received(worker, TasksDone([result]))], harness.now)
-    machine.validate()
-    told = [e for e in effects if isinstance(e, Send) and isinstance(e.message, ObjectsReady)]
-    assert [(e.to, [value.payload for value in e.message.values]) for e in told] == [(second.process, [b"\x00N."])]
-
-
-@pytest.mark.parametrize("waits", [False, True])
-def test_what_a_dead_node_was_to_make_is_lost(waits: bool) -> None:
-    """It had handed out a reference to the result of a task of its own, and died before that one was done."""
-    harness = Harness(nodes=3, extra={1: {"GPU": 1}, 2: {"TPU": 1}})
-    driver, other = harness.driver(), harness.driver(1)
-    give, child = template("give", resources={"GPU": 1}), template("child", resources={"TPU": 1})
-    giving, made = driver.spec(give), other.spec(child)
-    inner = ids.return_id(made.task_id, 0)
-
-    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
-        if spec.task_id == made.task_id:
-            return None
-        other.submit(made, templates=[child])
-        return ok(spec, b"refs", contained=(inner,))
-
-    harness.behave = behave
-    driver.submit(giving, templates=[give])
-    harness.advance(1.0)
-    driver.send(References([inner], []))
-    if waits:
-        driver.send(WaitObjects([inner], fetch=True))
-    harness.advance(1.0)
-    assert inner not in driver.values
-    harness.lose_node("n:1")
-    harness.advance(1.0)
-    if not waits:
-        driver.send(WaitObjects([inner], fetch=True))
-        harness.advance(1.0)
-    assert kind_of(driver.values[inner].payload) == "ObjectLostError"
-    driver.send(References([], [inner, ids.return_id(giving.task_id, 0)]))
-    harness.advance(20.0)
-    assert harness.machines["n:0"].table.entries == {}
-    assert harness.machines["control/0"].objects.rows == {}
-
-
-def test_what_was_freed_and_is_made_again_elsewhere_goes_with_its_last_reference() -> None:
-    """A parent's node dies with its children; the parent runs again elsewhere, and so do they, under the same ids."""
-    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
-    driver, first = harness.driver(), harness.driver(1)
-    give, child = template("give", num_returns=1), template("child")
-    made = first.spec(child)
-    inner = ids.return_id(made.task_id, 0)
-    harness.behave = lambda worker, spec: ok(spec)
-    first.submit(made, templates=[child])
-    harness.advance(1.0)
-    harness.machines["n:1"].table.export(harness.machines["n:1"].table.entries[inner])
-    first.send(References([], []))
-    harness.advance(1.0)
-    assert harness.machines["control/0"].objects.rows[inner].born
-    harness.lose_node("n:1")
-    harness.advance(1.0)
-    assert inner not in harness.machines["control/0"].objects.rows, "freed with the only node that held it"
-
-    def behave(worker: Worker, spec: TaskSpec) -> TaskResult:
-        if spec.template == give.template_id:
-            driver.submit(made, templates=[child])
-            return ok(spec, b"refs", contained=(inner,))
-        return ok(spec)
-
-    harness.behave = behave
-    giving = driver.spec(give)
-    driver.submit(giving, templates=[give])
-    harness.advance(1.0)
-    node = harness.machines["n:0"]
-    node.table.export(node.table.entries[ids.return_id(giving.task_id, 0)])
-    driver.send(References([], []))
-    harness.advance(1.0)
-    driver.send(References([], [inner, ids.return_id(giving.task_id, 0)]))
-    harness.advance(20.0)
-    assert node.table.entries == {}
-    assert harness.machines["control/0"].objects.rows == {}
