@@ -109,7 +109,7 @@ class Cluster:
         import trio
 
         wanted = list(refs)
-        check_wait(self._session, wanted, num_returns, return_when)
+        check_wait(wanted, num_returns, return_when)
         with trio.move_on_after(float("inf") if timeout is None else timeout):
             await wait_in_trio(
                 self._session, wanted, num_returns, fetch=False, stop_at_error=return_when == "first_error"

@@ -158,6 +158,8 @@ class Session:
             raise ObjectLostError(f"the object {ref.hex()} is not here")
         if value.where is INLINE:
             return None if value.payload == NONE else deserialize(value.payload)
+        if core.crowded and not core.failure:  # it is large, and may hold thousands more
+            self.link.flush()
         return deserialize(self.link.payload(value, core.owners.get(ref)))
 
     def read_if_ready(self, ref: bytes) -> Any:

@@ -129,22 +129,29 @@ def _mark(refs: Sequence[ObjectRef]) -> tuple[int, ...]:
     return (id(refs), len(refs), id(refs[0]), id(refs[-1])) if refs else ()
 
 
-def check_wait(session: "Session", refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
-    """Raise for what ``wait`` cannot wait for."""
-    # Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which had been
-    # looked through. A list that was changed in the middle since passes too, until there is something to wait for.
+def next_ready(
+    session: "Session", refs: Sequence[ObjectRef], *, fetch: bool
+) -> tuple[list[ObjectRef], list[ObjectRef]] | None:
+    """``split`` for the first that is ready of what the last ``wait`` left; None for another list, or if none is.
+
+    Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which was looked
+    through then. A list that was changed in the middle since passes too, until there is something to wait for.
+    """
     if not refs or session.left != _mark(refs):
-        check_refs(refs)
-    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns <= 0:
-        raise ValueError(f"num_returns is a number above zero, not {num_returns!r}")
-    if num_returns > len(refs):
-        raise ValueError(f"num_returns is {num_returns}, but there are only {len(refs)} references to wait for")
-    if return_when not in ("num_returns", "first_error"):
-        raise ValueError(f"return_when is 'num_returns' or 'first_error', not {return_when!r}")
+        return None
+    values = session.core.values
+    for place, ref in enumerate(refs):
+        value = values.get(ref)
+        if value is not None and not (fetch and value.where is ELSEWHERE):
+            rest = list(refs)
+            del rest[place]
+            session.left = _mark(rest)
+            return [ref], rest
+    return None
 
 
-def check_refs(refs: Sequence[ObjectRef]) -> None:
-    """Raise unless these are references, each of them once."""
+def check_wait(refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
+    """Raise for what ``wait`` cannot wait for."""
     try:
         b"".join(refs)
     except TypeError:
@@ -154,6 +161,12 @@ def check_refs(refs: Sequence[ObjectRef]) -> None:
         raise ValueError("wait() was given an empty list; there is nothing to wait for")
     if len(set(refs)) != len(refs):
         raise ValueError("wait() was given the same reference twice; each may be in the list once")
+    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns <= 0:
+        raise ValueError(f"num_returns is a number above zero, not {num_returns!r}")
+    if num_returns > len(refs):
+        raise ValueError(f"num_returns is {num_returns}, but there are only {len(refs)} references to wait for")
+    if return_when not in ("num_returns", "first_error"):
+        raise ValueError(f"return_when is 'num_returns' or 'first_error', not {return_when!r}")
 
 
 def split(

@@ -12,7 +12,7 @@ from trio_ray.runtime.api.context import current
 from trio_ray.runtime.api.errors import GetTimeoutError, RayError
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.remote import RemoteFunction, make_remote_function
-from trio_ray.runtime.api.waiting import check_refs, check_wait, split
+from trio_ray.runtime.api.waiting import check_wait, next_ready, split
 
 
 class Decorator(Protocol):
@@ -117,15 +117,15 @@ def wait(
     if not isinstance(ray_waitables, (list, tuple)):
         raise TypeError(f"wait() takes a list of ObjectRefs, not {ray_waitables!r}")
     session = current().session
-    check_wait(session, ray_waitables, num_returns, return_when)
-    ready, rest = split(session, ray_waitables, num_returns, fetch=fetch_local)
-    if len(ready) < num_returns:
-        check_refs(ray_waitables)
-        session.link.wait(
-            ray_waitables, num_returns, timeout, fetch=fetch_local, stop_at_error=return_when == "first_error"
-        )  # fmt: skip
-        ready, rest = split(session, ray_waitables, num_returns, fetch=fetch_local)
-    return ready, rest
+    if num_returns == 1 and return_when == "num_returns":
+        found = next_ready(session, ray_waitables, fetch=fetch_local)
+        if found is not None:
+            return found
+    check_wait(ray_waitables, num_returns, return_when)
+    session.link.wait(
+        ray_waitables, num_returns, timeout, fetch=fetch_local, stop_at_error=return_when == "first_error"
+    )  # fmt: skip
+    return split(session, ray_waitables, num_returns, fetch=fetch_local)
 
 
 def cancel(ref: ObjectRef, *, force: bool = False, recursive: bool = True) -> None:

@@ -49,6 +49,8 @@ class Listener(Protocol):
 Watcher = Callable[[bytes], None]
 """Called with an object's id."""
 INLINE = Where.INLINE
+CROWD = 10_000
+"""References that came and went since they were last counted."""
 _GONE = Value(b"")
 """Stands for what was not there."""
 Put = tuple[bytes, bytes, tuple[bytes, ...]]
@@ -141,6 +143,12 @@ class ClientCore:
     def pending(self) -> bool:
         """Whether ``take`` has anything to do."""
         return bool(self.out or self.dropped or self.made or self.unpinned or self._untold)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether to flush before more references are made: counting many that came and went is cheaper while they are
+        in the processor's caches."""
+        return len(self.made) + len(self.dropped) > CROWD
 
     # -- what one thread at a time may do ------------------------------------------------------------------------
 
