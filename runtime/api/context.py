@@ -38,15 +38,15 @@ class TaskContext(msgspec.Struct, eq=False):
     children: "count[int]" = msgspec.field(default_factory=count)
     puts: "count[int]" = msgspec.field(default_factory=count)
     scopes: "count[int]" = msgspec.field(default_factory=count)
-    _prefix: bytes = b""
+    known_prefix: bytes = b""
+    """``prefix``, once somebody asked for it."""
 
     @property
     def prefix(self) -> bytes:
         """What its children's ids begin with."""
-        prefix = self._prefix
-        if not prefix:
-            prefix = self._prefix = ids.children_prefix(self.task_id)
-        return prefix
+        if not self.known_prefix:
+            self.known_prefix = ids.children_prefix(self.task_id)
+        return self.known_prefix
 
 
 running: ContextVar[TaskContext | None] = ContextVar("trio_ray_task", default=None)

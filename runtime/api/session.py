@@ -21,6 +21,7 @@ from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
 _ZERO = bytes(4)
 _NO_ARGUMENTS = pickle.dumps((), 5)
 _NO_IDS: tuple[bytes, ...] = ()
+new_bytes = bytes.__new__
 
 
 def make_template(template: TaskTemplate) -> TaskTemplate:
@@ -40,8 +41,8 @@ class Session:
         """Templates that this link has been given."""
         self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """Handles of named actors that this process created, by ``namespace/name``."""
-        self.left: tuple[int, ...] = ()
-        """The mark of the list of references that ``wait`` left last: one that it need not look through again."""
+        self.left = (0, 0)
+        """Where the list of references is that ``wait`` left last, and how long: it need not look through it again."""
         self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
         """The process's own, implicit task."""
 
@@ -65,7 +66,7 @@ class Session:
             payload, inputs, borrowed, packed = self._arguments(context, template, args, kwargs)
         else:
             payload, inputs, borrowed, packed = _NO_ARGUMENTS, _NO_IDS, _NO_IDS, None
-        task_id = context.prefix + next(context.children).to_bytes(5, "big")
+        task_id = (context.known_prefix or context.prefix) + next(context.children).to_bytes(5, "big")
         context.spawned = True
         deadline = context.deadline
         if context.in_trio:
@@ -77,14 +78,14 @@ class Session:
         )  # fmt: skip
         if template.num_returns == 1:
             object_id = task_id + _ZERO
-            counts = core.counts
+            counts, values = core.counts, core.values
             counts[object_id] = counts.get(object_id, 0) + 1
-            if object_id not in core.values:
-                core.values[object_id] = None
+            if object_id not in values:
+                values[object_id] = None
                 core.expected += 1
             core.out.append(spec)
             self.link.flush_soon()
-            return [owned(object_id)]
+            return [new_bytes(ObjectRef, object_id)]  # ``owned``
         returns = [ids.return_id(task_id, index) for index in range(template.num_returns)]
         core.submit(spec, returns)
         self.link.flush_soon()

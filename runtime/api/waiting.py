@@ -124,30 +124,27 @@ class SessionWaiting:
 # -- wait(): which of the objects are ready, and which are left --------------------------------------------------------
 
 
-def _mark(refs: Sequence[ObjectRef]) -> tuple[int, ...]:
-    """Tells a list from others at a cost that does not grow with it: its place, its length, the places of its ends."""
-    return (id(refs), len(refs), id(refs[0]), id(refs[-1])) if refs else ()
-
-
 def next_ready(
     session: "Session", refs: Sequence[ObjectRef], *, fetch: bool
 ) -> tuple[list[ObjectRef], list[ObjectRef]] | None:
     """``split`` for the first that is ready of what the last ``wait`` left; None for another list, or if none is.
 
     Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which was looked
-    through then. A list that was changed in the middle since passes too, until there is something to wait for.
+    through then. So a list is not looked through again if it is where that one was, and as long: one that was changed
+    since, or has taken its place, passes too, until there is something to wait for.
     """
-    if not refs or session.left != _mark(refs):
+    if type(refs) is not list or not refs or session.left != (id(refs), len(refs)):
         return None
-    values = session.core.values
-    for place, ref in enumerate(refs):
-        value = values.get(ref)
-        if value is not None and not (fetch and value.where is ELSEWHERE):
-            rest = list(refs)
-            del rest[place]
-            session.left = _mark(rest)
-            return [ref], rest
-    return None
+    values, place = session.core.values, 0
+    value = values.get(refs[0])
+    while value is None or (fetch and value.where is ELSEWHERE):
+        place += 1
+        if place == len(refs):
+            return None
+        value = values.get(refs[place])
+    rest = refs[:place] + refs[place + 1 :] if place else refs[1:]
+    session.left = id(rest), len(rest)
+    return [refs[place]], rest
 
 
 def check_wait(refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
@@ -190,5 +187,5 @@ def split(
         rest += refs[position:]
     else:
         rest = refs[position:] if type(refs) is list else list(refs[position:])
-    session.left = _mark(rest)
+    session.left = id(rest), len(rest)
     return ready, rest

@@ -232,6 +232,9 @@ def test_wait_looks_through_a_list_that_was_changed_since_wait_left_it() -> None
     with pytest.raises(ValueError, match="twice"):
         ray.wait(rest, num_returns=3, timeout=60)
     ray.cancel(slow)
+    _, nothing = ray.wait(refs, num_returns=3)
+    with pytest.raises(ValueError, match="empty"):
+        ray.wait(nothing)
 
 
 def test_what_is_no_reference_is_refused() -> None:
