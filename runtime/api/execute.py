@@ -3,7 +3,6 @@
 Real workers and simulated ones both stand on this; how a function is interrupted, threaded or awaited is theirs.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ from trio_ray.runtime.api.errors import describe_failure
 from trio_ray.runtime.api.link import Link
 from trio_ray.runtime.api.remote import is_retryable
 from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize, serialize_error
-from trio_ray.runtime.api.session import unpack_arguments
+from trio_ray.runtime.api.session import NO_ARGUMENTS, unpack_arguments
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.messages import Output, Status
 from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
 from trio_ray.runtime.core.worker import Inputs
 
-_EMPTY = pickle.dumps((), 5)
 _NOTHING: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
 NONE_OUTPUTS = (Output(NONE, -1, len(NONE)),)
 """Of a task that returned None."""
@@ -26,7 +24,7 @@ NONE_OUTPUTS = (Output(NONE, -1, len(NONE)),)
 def arguments(link: Link, spec: TaskSpec, inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of a call: references at their top level have become values."""
     if not spec.inputs:
-        return _NOTHING if spec.args == _EMPTY else unpack_arguments(deserialize(spec.args), ())
+        return _NOTHING if spec.args == NO_ARGUMENTS else unpack_arguments(deserialize(spec.args), ())
     values = []
     for object_id in spec.inputs:
         there = inputs[object_id]

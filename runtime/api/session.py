@@ -13,13 +13,15 @@ from trio_ray.runtime.api.errors import ObjectLostError, RayError, RaySystemErro
 from trio_ray.runtime.api.link import Link
 from trio_ray.runtime.api.refs import ObjectRef, owned
 from trio_ray.runtime.api.serialize import NONE, Packed, deserialize, serialize
+from trio_ray.runtime.api.waiting import Left
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.client import INLINE
 from trio_ray.runtime.core.messages import CancelScope, CancelTasks, KillActor, SealObjects, Value, Where
 from trio_ray.runtime.core.spec import TaskSpec, TaskTemplate
 
 _ZERO = bytes(4)
-_NO_ARGUMENTS = pickle.dumps((), 5)
+NO_ARGUMENTS = pickle.dumps((), 5)
+"""The payload of a call without any."""
 _NO_IDS: tuple[bytes, ...] = ()
 new_bytes = bytes.__new__
 
@@ -41,8 +43,7 @@ class Session:
         """Templates that this link has been given."""
         self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """Handles of named actors that this process created, by ``namespace/name``."""
-        self.left = (0, 0)
-        """Where the list of references is that ``wait`` left last, and how long: it need not look through it again."""
+        self.left = Left()
         self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
         """The process's own, implicit task."""
 
@@ -65,7 +66,7 @@ class Session:
         if args or kwargs:
             payload, inputs, borrowed, packed = self._arguments(context, template, args, kwargs)
         else:
-            payload, inputs, borrowed, packed = _NO_ARGUMENTS, _NO_IDS, _NO_IDS, None
+            payload, inputs, borrowed, packed = NO_ARGUMENTS, _NO_IDS, _NO_IDS, None
         task_id = (context.known_prefix or context.prefix) + next(context.children).to_bytes(5, "big")
         context.spawned = True
         deadline = context.deadline

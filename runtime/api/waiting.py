@@ -124,27 +124,44 @@ class SessionWaiting:
 # -- wait(): which of the objects are ready, and which are left --------------------------------------------------------
 
 
+class Left:
+    """The list of references that ``wait`` left last.
+
+    Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which was looked
+    through then. So a list is not checked again if it is where that one was, and as long: one that was changed since,
+    or has taken its place, passes too, until there is something to wait for.
+    """
+
+    __slots__ = ("fetch", "heard", "length", "place", "where")
+
+    def __init__(self) -> None:
+        self.where = 0
+        """The list's ``id``: a reference to it would keep all of its objects alive."""
+        self.length = 0
+        self.place = 0
+        """Nothing before this was ready then."""
+        self.heard = 0
+        """``ClientCore.heard`` then."""
+        self.fetch = False
+
+
 def next_ready(
     session: "Session", refs: Sequence[ObjectRef], *, fetch: bool
 ) -> tuple[list[ObjectRef], list[ObjectRef]] | None:
-    """``split`` for the first that is ready of what the last ``wait`` left; None for another list, or if none is.
-
-    Programs wait for one of a thousand, a thousand times, each time for what the last wait left, which was looked
-    through then. So a list is not looked through again if it is where that one was, and as long: one that was changed
-    since, or has taken its place, passes too, until there is something to wait for.
-    """
-    if type(refs) is not list or not refs or session.left != (id(refs), len(refs)):
+    """``split`` for the first that is ready of what the last ``wait`` left; None for another list, or if none is."""
+    left, end = session.left, len(refs)
+    if left.where != id(refs) or left.length != end or type(refs) is not list:
         return None
-    values, place = session.core.values, 0
-    value = values.get(refs[0])
-    while value is None or (fetch and value.where is ELSEWHERE):
-        place += 1
-        if place == len(refs):
-            return None
+    values, heard = session.core.values, session.core.heard
+    place = left.place if left.heard == heard and left.fetch == fetch else 0
+    while place < end:
         value = values.get(refs[place])
-    rest = refs[:place] + refs[place + 1 :] if place else refs[1:]
-    session.left = id(rest), len(rest)
-    return [refs[place]], rest
+        if value is not None and not (fetch and value.where is ELSEWHERE):
+            rest = refs[:place] + refs[place + 1 :] if place else refs[1:]
+            left.where, left.length, left.place, left.heard, left.fetch = id(rest), end - 1, place, heard, fetch
+            return [refs[place]], rest
+        place += 1
+    return None
 
 
 def check_wait(refs: Sequence[ObjectRef], num_returns: int, return_when: str) -> None:
@@ -187,5 +204,6 @@ def split(
         rest += refs[position:]
     else:
         rest = refs[position:] if type(refs) is list else list(refs[position:])
-    session.left = id(rest), len(rest)
+    left = session.left
+    left.where, left.length, left.place = id(rest), len(rest), 0
     return ready, rest

@@ -88,6 +88,8 @@ class ClientCore:
         """Called with the id of every object that turns out to be an error."""
         self.expected = 0
         """Objects the node is to tell of. Threads may miscount it: it is for judging how busy the node is, no more."""
+        self.heard = 0
+        """How often objects became ready, or known to exist, together."""
         self.some_elsewhere = False
         """Some object was told to exist without its bytes."""
         self.some_error = False
@@ -366,6 +368,7 @@ class ClientCore:
                 self.some_error = True
             if self._fetching and where is not Where.ELSEWHERE:
                 self._fetching.discard(object_id)
+        self.heard += 1
         if told:
             self._tell(told)
 

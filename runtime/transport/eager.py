@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import trio
 
+MAX_IN_A_ROW = 8
+"""Looks for sockets that became readable meanwhile, before Trio's tasks have their turn."""
+
 
 class EagerReads(trio.abc.Instrument):
     """Calls back for each socket that is readable, then once for all: ``flush`` sends what the calls decided.
@@ -66,8 +69,10 @@ class EagerReads(trio.abc.Instrument):
     def after_io_wait(self, timeout: float) -> None:
         """The loop has woken. What is called here may make tasks runnable: they run right after."""
         try:
-            ready = self._epoll.poll(0)
-            if ready:
+            for _ in range(MAX_IN_A_ROW):
+                ready = self._epoll.poll(0)
+                if not ready:
+                    break
                 for fd, _ in ready:
                     read = self._readers.get(fd)
                     if read is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from trio_ray.runtime.api import code, context
 from trio_ray.runtime.api.actors import READY
 from trio_ray.runtime.api.execute import arguments, failure, outputs
+from trio_ray.runtime.api.session import NO_ARGUMENTS
 from trio_ray.runtime.core.messages import Output, Status, TaskResult
 from trio_ray.runtime.core.spec import Kind, TaskSpec, TaskTemplate
 from trio_ray.runtime.core.worker import Inputs
@@ -64,11 +65,14 @@ class Executor:
                 if interruptible:
                     connection.begins(spec.task_id)
                 function = self._targets.get(spec.template) or self.target(template)
-                args, kwargs = arguments(connection, spec, inputs)
-                value = function(*args, **kwargs)
+                if spec.args == NO_ARGUMENTS and not spec.inputs:
+                    value = function()
+                else:
+                    args, kwargs = arguments(connection, spec, inputs)
+                    value = function(*args, **kwargs)
+                    del args, kwargs
                 if template.kind is CREATION:
                     self.instance, value = value, None
-                del args, kwargs
                 made = outputs(connection, spec, template, value)
                 del value
             finally:

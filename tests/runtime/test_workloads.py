@@ -245,7 +245,13 @@ def test_wait(cluster: ClusterFile) -> None:
     assert ray.wait(refs, num_returns=5, timeout=0.01) == (quick, held)
     assert ray.wait(refs, num_returns=1) == (quick[:1], [held[0], *quick[1:], held[1]])
     assert ray.wait(refs, num_returns=5, timeout=0) == (quick, held)
+    _, rest = ray.wait(refs)
+    ready, rest = ray.wait(rest)
+    assert (ready, rest) == (quick[1:2], [held[0], quick[2], held[1]])
     ray.get(gate.let.remote())
+    ray.get(held)
+    ready, rest = ray.wait(rest)  # what was not ready the last time comes first now
+    assert (ready, rest) == (held[:1], [quick[2], held[1]])
     assert ray.wait(refs, num_returns=5) == (refs, [])
     remote = ray.remote(resources={"seat": 1})(lambda: np.ones(100_000))
     far = [remote.remote() for _ in range(NODES)]
