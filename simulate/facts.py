@@ -90,7 +90,7 @@ def _records(message: m.LogTasks) -> Facts:
 
 
 def _events(message: m.LogEvents) -> Facts:
-    return len(message.events), b"", 0
+    return sum([batch.count for batch in message.batches]), b"", 0
 
 
 def _functions(message: m.PutFunctions | m.Functions) -> Facts:

@@ -43,6 +43,7 @@ from trio_ray.runtime.core.messages import (
     ObjectsChanged,
     ObjectsLocated,
     ObjectUpdate,
+    PackedEvents,
     PublishCancel,
     PutFunctions,
     RegisterNode,
@@ -294,7 +295,8 @@ def test_lineage_is_kept_until_it_is_forgotten() -> None:
 
 
 def events(first: int, last: int) -> LogEvents:
-    return LogEvents([TaskEvent(b"%016d" % n, "f", "n:0/1", n, n, n, n + 1, 0) for n in range(first, last)])
+    rows = [TaskEvent(b"%016d" % n, "f", "n:0/1", n, n, n, n + 1, 0) for n in range(first, last)]
+    return LogEvents([PackedEvents.pack(rows)])
 
 
 def test_the_event_log_keeps_the_newest() -> None:
@@ -303,6 +305,8 @@ def test_the_event_log_keeps_the_newest() -> None:
         store.say("n:0", events(first, first + 4))
     assert 10 <= len(store.shards[0].events) < 14
     assert [row["submitted_at"] for row in store.ask("timeline", "3")] == [97, 98, 99]
+    assert [row["submitted_at"] for row in store.ask("timeline", "6")] == [94, 95, 96, 97, 98, 99]
+    assert len(store.ask("timeline", "1000")) == len(store.shards[0].events)
     store.say("n:0", events(100, 200), LogEvents([]))
     assert len(store.shards[0].events) == 100, "a batch larger than the log is kept whole until the next"
 

@@ -221,7 +221,7 @@ class ControlMachine:
         self.tasks.forget(message.task_ids)
 
     def _log_events(self, source: Address, message: LogEvents) -> None:
-        self.events.extend(message.events)
+        self.events.extend(message.batches)
 
     def _put_functions(self, source: Address, message: PutFunctions) -> None:
         for function in self.functions.put(message.functions):

@@ -26,6 +26,7 @@ from trio_ray.runtime.core.messages import (
     Location,
     NodeInfo,
     ObjectUpdate,
+    PackedEvents,
     TaskEvent,
     TaskRecord,
 )
@@ -227,34 +228,40 @@ class TaskTable:
 
 
 class EventLog:
-    """The newest events, kept in the batches in which they came so that a batch costs the same however long."""
+    """The newest events, kept in the batches in which they came, still encoded."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
-        self._batches: deque[list[TaskEvent]] = deque()
+        self._batches: deque[PackedEvents] = deque()
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, events: list[TaskEvent]) -> None:
+    def extend(self, batches: list[PackedEvents]) -> None:
         """Add events; whole batches of the oldest go while the others are enough."""
-        if not events:
-            return
-        self._batches.append(events)
-        self._length += len(events)
-        while self._length - len(self._batches[0]) >= self._kept:
-            self._length -= len(self._batches.popleft())
+        for batch in batches:
+            self._batches.append(batch)
+            self._length += batch.count
+        while self._batches and self._length - self._batches[0].count >= self._kept:
+            self._length -= self._batches.popleft().count
 
     def newest(self, count: int) -> list[TaskEvent]:
         """Up to ``count`` events, oldest first."""
-        found = [event for batch in self._batches for event in batch]
-        return found[max(0, len(found) - count) :]
+        batches: list[PackedEvents] = []
+        found = 0
+        for batch in reversed(self._batches):
+            if found >= count:
+                break
+            batches.append(batch)
+            found += batch.count
+        events = [event for batch in reversed(batches) for event in batch.unpack()]
+        return events[max(0, found - count) :]
 
     def validate(self) -> None:
         """Assert that the length is right and the bound kept."""
-        assert self._length == sum(map(len, self._batches))
-        assert not self._batches or self._length - len(self._batches[0]) < self._kept
+        assert self._length == sum(batch.count for batch in self._batches)
+        assert not self._batches or self._length - self._batches[0].count < self._kept
 
 
 class FunctionTable:

@@ -9,7 +9,15 @@ from zlib import crc32
 
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send
-from trio_ray.runtime.core.messages import Address, ForgetTasks, LogEvents, LogTasks, TaskRecord, control_address
+from trio_ray.runtime.core.messages import (
+    Address,
+    ForgetTasks,
+    LogEvents,
+    LogTasks,
+    PackedEvents,
+    TaskRecord,
+    control_address,
+)
 from trio_ray.runtime.core.objects.table import GONE, ObjectTable
 from trio_ray.runtime.core.scheduling.local import DONE, TaskEntry
 from trio_ray.runtime.core.spec import TaskTemplate
@@ -31,20 +39,24 @@ class WriteBehind:
         self._event_shard = crc32(node.encode()) % shards
         self._enough = SWEEP
         """So many tasks to be logged are worth another look."""
+        self._events: list[PackedEvents] = []
 
     @property
     def pending(self) -> bool:
         """Whether there is something to write."""
-        return bool(self._tasks.events or self._tasks.unlogged or self._table.unreported)
+        return bool(self._events or self._tasks.events or self._tasks.unlogged or self._table.unreported)
 
     def sweep(self) -> None:
-        """Let go of tasks that are done, with their results dropped, if there may be many of them."""
+        """Let go of tasks that are done, with their results dropped, and pack events, if there may be many."""
         if len(self._tasks.unlogged) >= self._enough:
             self._sweep()
             self._enough = max(SWEEP, 2 * len(self._tasks.unlogged))
 
     def _sweep(self) -> None:
         tasks, table = self._tasks, self._table
+        if tasks.events:
+            self._events.append(PackedEvents.pack(tasks.events))
+            tasks.events = []
         tasks.unlogged = [
             task for task in tasks.unlogged
             if task.phase is not DONE or task.result is None or task.result.state is not GONE
@@ -54,11 +66,11 @@ class WriteBehind:
     def write(self, effects: list[AnyEffect]) -> None:
         """Send the batches."""
         tasks, table = self._tasks, self._table
-        if tasks.events:
-            effects.append(Send(control_address(self._event_shard), LogEvents(tasks.events)))
-            tasks.events = []
         self._sweep()
         self._enough = SWEEP
+        if self._events:
+            effects.append(Send(control_address(self._event_shard), LogEvents(self._events)))
+            self._events = []
         for entry in table.unreported:
             if entry.local and (entry.holders or entry.pins):
                 table.export(entry)
