@@ -13,8 +13,9 @@ class Waiter:
     that is an error ends the wait. A lost link ends it too: look at ``ClientCore.failure``.
 
     It hears of each batch of news as a whole. Waiting for all then looks at the first object that was missing, and
-    moves on from there; waiting for some counts those of the news that it waits for. ``start`` and ``cancel`` belong to
-    the core's one thread at a time; ``callback`` comes from there.
+    moves on from there; waiting for one looks whether one of them is among the news; waiting for some keeps the set of
+    those that are missing. ``start`` and ``cancel`` belong to the core's one thread at a time; ``callback`` comes from
+    there.
     """
 
     __slots__ = ("_at", "_callback", "_core", "_count", "_fetch", "_ids", "_missing", "_stop_at_error", "done",
@@ -33,7 +34,7 @@ class Waiter:
         self._at = 0
         """When waiting for all: those before it are there."""
         self._missing: set[bytes] = set()
-        """When waiting for some: those that are not there."""
+        """When waiting for some, but not for one: those that are not there."""
         self.done = False
         self.failed = False
         """An error ended the wait."""
@@ -68,14 +69,17 @@ class Waiter:
         if count == len(object_ids):
             return self._advance()
         values, fetch, there = self._core.values, self._fetch, []
+        if count == 1 and not (fetch and self._core.some_elsewhere):
+            return any(map(values.get, object_ids))
         for object_id in object_ids:
             value = values.get(object_id)
             if value is not None and not (fetch and value.where == Where.ELSEWHERE):
                 there.append(object_id)
                 if len(there) == count:
                     return True
-        self._missing = set(object_ids)
-        self._missing.difference_update(there)
+        if count > 1:
+            self._missing = set(object_ids)
+            self._missing.difference_update(there)
         return False
 
     def cancel(self) -> None:
@@ -103,20 +107,19 @@ class Waiter:
         if self.done:
             return
         values = self._core.values
+        arrived = set(object_ids)
         if self._fetch and self._core.some_elsewhere:
             exist = {o for o in object_ids if (value := values.get(o)) is not None and value.where == Where.ELSEWHERE}
             if exist:
                 self._core.want([object_id for object_id in self._ids if object_id in exist], fetch=True)
+                arrived -= exist
         if self._count == len(self._ids):
             met = self._advance()
+        elif self._count == 1:
+            met = not arrived.isdisjoint(self._ids)
         else:
-            missing, fetch = self._missing, self._fetch
-            for object_id in object_ids:
-                if object_id in missing:
-                    value = values.get(object_id)
-                    if value is not None and not (fetch and value.where == Where.ELSEWHERE):
-                        missing.discard(object_id)
-            met = len(missing) <= len(self._ids) - self._count
+            self._missing -= arrived
+            met = len(self._missing) <= len(self._ids) - self._count
         if self._stop_at_error and not met:
             for object_id in object_ids:
                 value = values.get(object_id)
