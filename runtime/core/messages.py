@@ -545,7 +545,7 @@ class TaskEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class PackedEvents(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Events encoded as soon as there are some, for few are ever read: a tenth of the objects' memory."""
+    """Events encoded as soon as there are some, for few are ever read: a third of the memory that the objects take."""
 
     count: int
     rows: bytes
