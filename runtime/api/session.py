@@ -44,6 +44,8 @@ class Session:
         self.named_actors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """Handles of named actors that this process created, by ``namespace/name``."""
         self.left = Left()
+        self.turns, self.turn_ends = 0, 0.0
+        """Waits for what was there since Trio's other tasks had a turn, and when they are to have one at the latest."""
         self.root = TaskContext(self, ids.root_task_id(link.process), ids.job_scope(link.process))
         """The process's own, implicit task."""
 

@@ -340,6 +340,33 @@ def test_waiting_for_some(world: World) -> None:
     world(program)
 
 
+def test_awaiting_what_is_there_lets_others_run_and_can_be_cancelled(world: World) -> None:
+    async def program(cluster: trio_ray.Cluster) -> None:
+        here = await cluster.put(1)
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_turns)
+            while turns < 3:  # for ever, if nobody else had a turn
+                assert await here == 1
+                assert await cluster.gather([here, here]) == [1, 1]
+            with trio.CancelScope() as scope:
+                await here
+                scope.cancel()
+                await here
+                raise AssertionError("a cancelled task went on")
+            assert scope.cancelled_caught
+            nursery.cancel_scope.cancel()
+
+    world(program)
+
+
 def test_a_nursery_waits_for_its_tasks(world: World) -> None:
     async def program(cluster: trio_ray.Cluster) -> None:
         async with cluster.open_nursery() as nursery:
