@@ -41,7 +41,7 @@ class ObjectRow(msgspec.Struct, gc=False):
     nodes: tuple[Address, ...]
     """Those that have a copy, in the order in which they reported it."""
     holds: dict[Address, int] | None = None
-    """Signed counts by node; none is zero."""
+    """Signed counts by node; none is zero. Replaced, never changed: the rows that one node holds once share one."""
     born: bool = False
     """The owner's hold was counted."""
     owner: Address = ""
@@ -58,6 +58,7 @@ class ObjectTable:
         """Objects freed of late, in two generations; never iterated."""
         self._freed_remembered = freed_remembered
         self._solo: dict[Address, tuple[Address]] = {}
+        self._once: dict[Address, dict[Address, int]] = {}
 
     def changed(self, node: Address, updates: list[ObjectUpdate], strays: list[bytes]) -> None:
         """Copies that ``node`` has or dropped; those of objects freed before are added to ``strays``."""
@@ -93,6 +94,9 @@ class ObjectTable:
     def hold(self, node: Address, added: Iterable[bytes], check: list[bytes]) -> None:
         """``node`` now holds these; those that nobody seems to hold are added to ``check``."""
         rows = self.rows
+        once = self._once.get(node)
+        if once is None:
+            once = self._once[node] = {node: 1}
         for object_id in added:
             row = rows.get(object_id)
             if row is None:
@@ -101,22 +105,25 @@ class ObjectTable:
                     self._freed.discard(object_id)
                     self._freed_before.discard(object_id)
                     row.born = True
-            holds = row.holds
-            if not holds:
-                row.holds = {node: 1}
+            if row.holds:
+                self._count(object_id, row, node, 1, check)
             else:
-                count = holds.get(node, 0) + 1
-                if count:
-                    holds[node] = count
-                else:
-                    del holds[node]
-                    if not holds:
-                        check.append(object_id)
+                row.holds = once
+
+    def _count(self, object_id: bytes, row: ObjectRow, node: Address, change: int, check: list[bytes]) -> None:
+        holds = dict(row.holds or ())
+        count = holds.pop(node, 0) + change
+        if count:
+            holds[node] = count
+        row.holds = holds
+        if not holds:
+            check.append(object_id)
 
     def claim(self, owner: Address, owned: Iterable[bytes], check: list[bytes]) -> None:
         """``owner`` (empty: nobody will) has told of these; those that nobody holds are added to ``check``."""
+        rows = self.rows
         for object_id in owned:
-            row = self.rows.get(object_id)
+            row = rows.get(object_id)
             if row is None:
                 continue
             row.owner = owner or row.owner
@@ -137,21 +144,16 @@ class ObjectTable:
 
     def unhold(self, node: Address, removed: Iterable[bytes], check: list[bytes]) -> None:
         """``node`` no longer holds these; those that nobody seems to hold are added to ``check``."""
-        rows = self.rows
+        rows, once = self.rows, self._once.get(node)
         for object_id in removed:
             row = rows.get(object_id)
             if row is None:
                 continue
-            holds = row.holds
-            if holds is None:
-                holds = row.holds = {}
-            count = holds.get(node, 0) - 1
-            if count:
-                holds[node] = count
+            if row.holds is once and once is not None:
+                row.holds = None
+                check.append(object_id)
             else:
-                del holds[node]
-                if not holds:
-                    check.append(object_id)
+                self._count(object_id, row, node, -1, check)
 
     def free(self, object_id: bytes) -> tuple[Address, ...] | None:
         """Forget the object if nobody can refer to it any more; answers with the nodes that have copies of it."""
@@ -188,11 +190,12 @@ class ObjectTable:
             elif row.size < 0 and row.owner == node:
                 row.size = 0
                 lost.append(object_id)
-            if row.holds and row.holds.pop(node, 0) and not row.holds:
-                check.append(object_id)
+            if row.holds and node in row.holds:
+                self._count(object_id, row, node, -row.holds[node], check)
             if not row.born:
                 unborn.append(object_id)
         self._solo.pop(node, None)
+        self._once.pop(node, None)
         return lost, check, unborn
 
     def validate(self, orphans: Container[bytes] = ()) -> None:
@@ -216,7 +219,9 @@ class TaskTable:
 
     def log(self, records: list[TaskRecord], templates: list[TaskTemplate]) -> None:
         """New or changed rows."""
-        self.records.update({record.spec.task_id: record for record in records})
+        rows = self.records
+        for record in records:
+            rows[record.spec.task_id] = record
         for template in templates:
             self.templates[template.template_id] = template
 
