@@ -23,6 +23,7 @@ from trio_ray.runtime.core.messages import (
     Value,
     Where,
 )
+from trio_ray.runtime.core.split import frames
 from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.simulate.engine import Host
 from trio_ray.simulate.network import after
@@ -106,9 +107,12 @@ class SimulatedLink:
             self.send(self.core.take())
 
     def send(self, messages: list[AnyMessage]) -> None:
-        """One frame to the node."""
-        if not messages or self.closed:
-            return
+        """A batch to the node."""
+        if messages and not self.closed:
+            for frame in frames(messages):
+                self._send(frame)
+
+    def _send(self, messages: list[AnyMessage]) -> None:
         cost = self.cost
         seconds = cost.frame_s
         for message in messages:

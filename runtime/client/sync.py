@@ -29,7 +29,7 @@ from trio_ray.runtime.client.spinning import SPIN_S, Spinning
 from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, AnyMessage, CreateFailed, ObjectCreated, Value, Where
-from trio_ray.runtime.core.split import halves
+from trio_ray.runtime.core.split import frames, halves
 from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.runtime.transport.blocking import BlockingLink
 from trio_ray.runtime.transport.frames import CHUNK_BYTES, ProtocolError
@@ -148,7 +148,8 @@ class SyncConnection:
             if messages:
                 self._flushed_at = time.monotonic()
                 try:
-                    self._send(messages)
+                    for frame in frames(messages):
+                        self._send(frame)
                 except (ConnectionError, ValueError) as error:
                     self._half_sent = False
                     self._lost(str(error))

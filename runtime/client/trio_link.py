@@ -22,6 +22,7 @@ from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, CreateFailed, ObjectCreated, Value
+from trio_ray.runtime.core.split import frames
 from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.runtime.transport.blocking import message_decoder
 from trio_ray.runtime.transport.frames import MAX_CONTROL_BYTES
@@ -82,7 +83,8 @@ class TrioConnection:
         with self.lock:
             messages = self.core.take()
         if messages and not self.core.failure:
-            self._link.send(_encode(messages))
+            for frame in frames(messages):
+                self._link.send(_encode(frame))
 
     async def read_forever(self) -> None:
         """Take in what the node says, until the link is closed."""

@@ -51,6 +51,9 @@ Watcher = Callable[[bytes], None]
 INLINE = Where.INLINE
 CROWD = 10_000
 """References that came and went since they were last counted."""
+DROPPED_TOGETHER = 2_000
+"""References that are told to be gone in one message, and so in one step of the node: a program that lets go of a
+million at once keeps it busy for seconds, and others are to be served meanwhile."""
 _GONE = Value(b"")
 """Stands for what was not there."""
 Put = tuple[bytes, bytes, tuple[bytes, ...]]
@@ -199,7 +202,7 @@ class ClientCore:
         self.out.append(Query(number, subject, argument))
 
     def take(self, done: TasksDone | None = None) -> list[AnyMessage]:
-        """What is to be sent now, as one frame. A worker's results stand after the references they may carry are
+        """What is to be sent now, in ``split.frames``. A worker's results stand after the references they may carry are
         held, and before those it dropped are let go.
 
         If the shell is ``patient``, new references alone are no reason for a frame: what they came from is held. They
@@ -222,10 +225,12 @@ class ClientCore:
                 messages.append(References(added, []))
                 added = []
             messages.append(done)
-        if added or removed:
-            messages.append(References(added, removed))
         if unpinned is not None:
             messages.append(Unpin(unpinned))
+        if added or removed:
+            messages.append(References(added, removed[:DROPPED_TOGETHER]))
+            for start in range(DROPPED_TOGETHER, len(removed), DROPPED_TOGETHER):
+                messages.append(References([], removed[start : start + DROPPED_TOGETHER]))
         return messages
 
     @staticmethod

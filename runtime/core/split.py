@@ -1,8 +1,18 @@
-"""Batches that are too large for one frame, in halves."""
+"""Batches that are too much for one frame."""
 
 import msgspec
 
-from trio_ray.runtime.core.messages import AnyMessage, ObjectsReady, PutObjects, SubmitTasks, TasksDone
+from trio_ray.runtime.core.messages import AnyMessage, ObjectsReady, PutObjects, References, SubmitTasks, TasksDone
+
+
+def frames(messages: list[AnyMessage]) -> list[list[AnyMessage]]:
+    """The same messages as the batches to be sent as a frame each: one, unless they drop many references."""
+    if len(messages) < 2 or type(messages[-1]) is not References:
+        return [messages]
+    end = len(messages)
+    while end > 1 and type(messages[end - 1]) is type(messages[end - 2]) is References:
+        end -= 1
+    return [messages[:end], *([message] for message in messages[end:])]
 
 
 def halves(messages: list[AnyMessage]) -> tuple[list[AnyMessage], list[AnyMessage]]:

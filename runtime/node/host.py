@@ -61,6 +61,9 @@ from trio_ray.runtime.transport.links import (
     receive_hello,
 )
 
+STEP_BYTES = 20_000
+"""A frame of so many bytes is a step by itself: what takes long anyway gains nothing from waiting for more."""
+
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message between machines of two node processes."""
@@ -424,9 +427,12 @@ class Host:
             for frame in frames:
                 if isinstance(frame, tuple):
                     self._filled(frame, events)
-                else:
-                    for message in decode(frame):
-                        events.append(Received(process, message))
+                    continue
+                for message in decode(frame):
+                    events.append(Received(process, message))
+                if len(frame) >= STEP_BYTES:
+                    self.deliver(node, events)
+                    events = []
             if events:
                 self.deliver(node, events)
 

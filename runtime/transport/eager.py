@@ -7,12 +7,13 @@ their own. One task waits for that, only so that the loop wakes; what has arrive
 """
 
 import select
+import time
 from collections.abc import Callable
 
 import trio
 
-MAX_IN_A_ROW = 8
-"""Looks for sockets that became readable meanwhile, before Trio's tasks have their turn."""
+TURN_S = 0.005
+"""How long to look for sockets that became readable meanwhile, before Trio's tasks have their turn."""
 
 
 class EagerReads(trio.abc.Instrument):
@@ -69,15 +70,18 @@ class EagerReads(trio.abc.Instrument):
     def after_io_wait(self, timeout: float) -> None:
         """The loop has woken. What is called here may make tasks runnable: they run right after."""
         try:
-            for _ in range(MAX_IN_A_ROW):
-                ready = self._epoll.poll(0)
-                if not ready:
-                    break
+            until = 0.0
+            while ready := self._epoll.poll(0):
                 for fd, _ in ready:
                     read = self._readers.get(fd)
                     if read is not None:
                         read()
                 self._flush()
+                now = time.monotonic()
+                if not until:
+                    until = now + TURN_S
+                elif now >= until:
+                    break
         except Exception as error:  # Trio would log it and go on without us
             self._fail(error)
 

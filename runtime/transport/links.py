@@ -7,6 +7,7 @@ frame waits.
 
 import socket
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -44,6 +45,8 @@ GOODBYE_S = 0.2
 """How long the end of a WebSocket may take."""
 MAX_IN_A_ROW = 8
 """Reads without a pause for other tasks."""
+TURN_S = 0.001
+"""How long to read, where it is done between two rounds of Trio's loop, before other links are looked at."""
 Frame = memoryview | tuple[int, int]
 """A control body (valid until the next receive), or ``(transfer, size)`` of data that reached its window."""
 
@@ -279,11 +282,17 @@ class SocketLink(Link):
 
         def read() -> None:
             try:
-                for _ in range(MAX_IN_A_ROW):
+                until = 0.0
+                while True:
                     frames = self._read()
                     if frames:
                         arrived(frames)
                     if self._drained:
+                        break
+                    now = time.monotonic()
+                    if not until:
+                        until = now + TURN_S
+                    elif now >= until:
                         break
             except Exception as error:  # the end of the link, or a fault: for the task that owns it
                 failure.append(error)

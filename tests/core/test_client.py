@@ -1,7 +1,7 @@
 """The client core: references, values, batches."""
 
 from trio_ray.runtime.core import ids
-from trio_ray.runtime.core.client import ClientCore
+from trio_ray.runtime.core.client import DROPPED_TOGETHER, ClientCore
 from trio_ray.runtime.core.messages import (
     AnyMessage,
     CreateFailed,
@@ -93,6 +93,27 @@ def test_a_dropped_reference_is_told_after_the_tasks_that_use_it() -> None:
     core.dropped.append(used)
     assert core.take() == [SubmitTasks([spec]), References([], [used])]
     assert used not in core.counts and used not in core.values
+
+
+def test_many_references_dropped_at_once_are_told_in_parts() -> None:
+    core = make_core()
+    core.patient = True
+    object_ids = [b"%05d" % number for number in range(2 * DROPPED_TOGETHER + 1)]
+    core.made.extend(object_ids)
+    core.made.append(b"kept")
+    core.take()
+    core.take()
+    core.dropped.extend(object_ids)
+    core.made.append(b"new")
+    core.unpinned.append(b"read")
+    messages = core.take()
+    assert messages == [
+        Unpin([b"read"]),
+        References([b"new"], object_ids[:DROPPED_TOGETHER]),
+        References([], object_ids[DROPPED_TOGETHER : 2 * DROPPED_TOGETHER]),
+        References([], object_ids[-1:]),
+    ]
+    assert not core.pending and core.take() == []
 
 
 def test_a_reference_that_came_and_went_between_flushes_is_not_told() -> None:
@@ -247,7 +268,7 @@ def test_a_read_pin_nobody_uses_ends_with_the_last_reference() -> None:
     shared = ObjectsReady([Value(mine, Where.SHARED, offset=64, size=10**6)])
     core.receive([shared])
     core.dropped.append(mine)
-    assert core.take() == [References([], [mine]), Unpin([mine])]
+    assert core.take() == [Unpin([mine]), References([], [mine])]
     core.receive([shared])
     assert core.take() == [Unpin([mine])], "nobody wanted it any more"
 

@@ -7,6 +7,7 @@ from trio_ray.runtime.core.messages import (
     Function,
     ObjectsReady,
     PutObjects,
+    References,
     Status,
     SubmitTasks,
     TaskResult,
@@ -14,7 +15,7 @@ from trio_ray.runtime.core.messages import (
     Value,
 )
 from trio_ray.runtime.core.spec import TaskSpec
-from trio_ray.runtime.core.split import halves
+from trio_ray.runtime.core.split import frames, halves
 
 
 def test_several_messages_stay_whole() -> None:
@@ -49,3 +50,11 @@ def test_what_cannot_be_cut_is_refused() -> None:
         halves([SubmitTasks([TaskSpec(b"1", b"", b"", (), (), b"", "")])])
     with pytest.raises(ValueError, match="CancelScope"):
         halves([CancelScope(b"")])
+
+
+def test_many_dropped_references_are_a_frame_each() -> None:
+    done, drops = CancelScope(b"1"), [References([], [bytes([number])]) for number in range(3)]
+    assert frames([done]) == [[done]]
+    assert frames([done, drops[0]]) == [[done, drops[0]]]
+    assert frames([drops[0], done, drops[1], drops[2]]) == [[drops[0], done, drops[1]], [drops[2]]]  # type: ignore[list-item]
+    assert frames(drops) == [[drop] for drop in drops]  # type: ignore[arg-type]
