@@ -49,7 +49,7 @@ class Cluster:
         wanted = list(refs)
         await wait_in_trio(self._session, wanted, len(wanted), fetch=True, stop_at_error=not return_exceptions)
         session = self._session
-        if not return_exceptions:
+        if session.core.some_error and not return_exceptions:
             for ref in wanted:
                 if session.is_error(ref):
                     raise session.read(ref)

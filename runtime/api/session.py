@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -73,7 +74,7 @@ class Session:
         context.spawned = True
         deadline = context.deadline
         if context.in_trio:
-            deadline = _trio_deadline(self.link.now(), deadline)
+            deadline = _trio_deadline(self.link, deadline)
         core = self.core
         spec = TaskSpec(
             task_id, template.template_id, payload, inputs, borrowed, scope or context.scope, core.process, actor, 0,
@@ -218,16 +219,17 @@ class Session:
         self.link.flush()
 
 
-def _trio_deadline(now: float, inherited: float | None) -> float | None:
+def _trio_deadline(link: Link, inherited: float | None) -> float | None:
     """The earlier of the task's own deadline and that of the Trio cancel scopes around; on the node's clock."""
     import trio
 
     if not trio.lowlevel.in_trio_run():  # a plain thread that a Trio task started
         return inherited
-    left = trio.current_effective_deadline() - trio.current_time()
-    if left == float("inf"):
+    deadline = trio.current_effective_deadline()
+    if deadline == inf:
         return inherited
-    return now + left if inherited is None else min(inherited, now + left)
+    own = link.now() + deadline - trio.current_time()
+    return own if inherited is None else min(inherited, own)
 
 
 def _blame(args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError) -> str:

@@ -61,7 +61,7 @@ async def _join(place: Place, namespace: str) -> AsyncIterator[Cluster]:
     driver.enter()
     try:
         if isinstance(driver.connection, SyncConnection):
-            async with read_in_trio(driver.connection):
+            async with read_in_trio(driver.connection, spin=True):
                 yield Cluster(driver.session)
         else:
             yield Cluster(driver.session)

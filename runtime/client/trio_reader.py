@@ -11,14 +11,28 @@ from contextlib import asynccontextmanager, closing
 import trio
 
 from trio_ray.runtime.api.errors import RaySystemError
+from trio_ray.runtime.client.spinning import Spinning
 from trio_ray.runtime.client.sync import SyncConnection
 from trio_ray.runtime.transport.eager import EagerReads
 
+SPIN_S = 0.0005
+"""How long a driver stays awake for an answer. Its program's other I/O waits meanwhile, so less than elsewhere."""
+
 
 @asynccontextmanager
-async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
-    """Within the block, Trio reads the connection."""
+async def read_in_trio(connection: SyncConnection, *, spin: bool = False) -> AsyncIterator[None]:
+    """Within the block, Trio reads the connection.
+
+    ``spin``, for drivers, whose tasks wait for answers: before Trio's loop sleeps it looks for one for a moment, if
+    that has paid off lately.
+    """
     thread = threading.get_ident()
+    spinning = Spinning()
+
+    def rest(seconds: float) -> None:
+        expected = connection.core.expected
+        if expected and spinning.worth_it(expected):
+            spinning.learn(arrived=eager.look(min(seconds, SPIN_S)))
 
     def flush() -> bool:
         if connection.core.failure or not connection.pending:
@@ -42,7 +56,7 @@ async def read_in_trio(connection: SyncConnection) -> AsyncIterator[None]:
             eager.remove(fd)
 
     fd = connection.fileno()
-    with closing(EagerReads(flush)) as eager:
+    with closing(EagerReads(flush, rest if spin else None)) as eager:
         connection.hand_to_trio(flush_later)
         try:
             async with trio.open_nursery() as nursery:

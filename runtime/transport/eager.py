@@ -20,11 +20,13 @@ class EagerReads(trio.abc.Instrument):
     """Calls back for each socket that is readable, then once for all: ``flush`` sends what the calls decided.
 
     ``flush`` is called again when the tasks of a round have run: what they decide leaves then, as one frame for each
-    receiver and with nobody's timer. It answers whether it woke a task.
+    receiver and with nobody's timer. It answers whether it woke a task. If it did not, and the loop is about to sleep,
+    ``rest`` is called with the seconds for which it may.
     """
 
-    def __init__(self, flush: Callable[[], bool]) -> None:
+    def __init__(self, flush: Callable[[], bool], rest: Callable[[float], None] | None = None) -> None:
         self._flush = flush
+        self._rest = rest
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[], None]] = {}
         self._token = trio.lowlevel.current_trio_token()
@@ -60,6 +62,15 @@ class EagerReads(trio.abc.Instrument):
         """When nobody adds or removes any more."""
         self._epoll.close()
 
+    def look(self, seconds: float) -> bool:
+        """Stay awake for at most so long, until a socket is readable; whether one is."""
+        poll, clock = self._epoll.poll, time.monotonic
+        end = clock() + seconds
+        while not poll(0):
+            if clock() >= end:
+                return False
+        return True
+
     def wake(self) -> None:
         """Let the loop go round once more, and so flush; from any thread. Nothing happens when it has ended."""
         try:
@@ -90,6 +101,8 @@ class EagerReads(trio.abc.Instrument):
         try:
             if self._flush():
                 self.wake()
+            elif self._rest is not None and timeout > 0:
+                self._rest(timeout)
         except Exception as error:
             self._fail(error)
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from trio_ray.runtime.client.spinning import MAX_SKIPPED, Spinning
 from trio_ray.runtime.transport.eager import EagerReads
@@ -81,6 +82,36 @@ async def test_one_that_is_removed_by_another_is_not_called(pair: tuple[socket.s
                 nursery.start_soon(eager.run)
     assert len(called) == 1
     assert eager.remove(fds[0]) is None  # ignored, also when all is closed
+
+
+async def test_one_who_rests_may_stay_awake_for_what_arrives(pair: tuple[socket.socket, socket.socket]) -> None:
+    here, there = pair
+    rests: list[float] = []
+    looks: list[bool] = []
+    arrived = trio.Event()
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if looks == [False]:
+            here.send(b"!")
+        looks.append(eager.look(min(seconds, 0.001)))
+
+    def read() -> None:
+        assert there.recv(100) == b"!"
+        arrived.set()
+
+    with closing(EagerReads(_no_flush, rest)) as eager:
+        eager.add(there.fileno(), read)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(eager.run)
+                await trio.testing.wait_all_tasks_blocked()
+                assert looks == [], "the loop had something to do"
+                await trio.sleep(0.01)
+                await trio.sleep(0.01)
+                await arrived.wait()
+                nursery.cancel_scope.cancel()
+    assert looks[:2] == [False, True] and 0 < rests[0] <= 0.01
 
 
 async def test_what_a_flush_raises_comes_out_of_the_task_rather_than_being_logged() -> None:
