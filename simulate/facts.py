@@ -127,7 +127,6 @@ FACTS: dict[type, Callable[[Any], Facts]] = {
     m.ReturnTasks: _tasks,
     m.TasksPlaced: _tasks,
     m.ForgetTasks: _tasks,
-    m.CallsRefused: _tasks,
     m.TasksUnplaceable: _tasks,
     m.Interrupt: _tasks,
     m.WaitObjects: _objects,

@@ -178,7 +178,7 @@ def next_ready(
     place = left.place if left.heard == heard and left.fetch == fetch else 0
     while place < end:
         value = values.get(refs[place])
-        if value is not None and not (fetch and value.where is ELSEWHERE):
+        if value is not None and not (fetch and value.where is ELSEWHERE and refs[place] not in session.core.stored):
             rest = refs[:place] + refs[place + 1 :] if place else refs[1:]
             left.where, left.length, left.place, left.heard, left.fetch = id(rest), end - 1, place, heard, fetch
             return [refs[place]], rest
@@ -211,12 +211,12 @@ def split(
     """At most ``num_returns`` of the objects that exist (``fetch``: are here), and the rest, in the order given."""
     ready: list[ObjectRef] = []
     rest: list[ObjectRef] = []
-    values = session.core.values
+    values, stored = session.core.values, session.core.stored
     position = 0
     for ref in refs:
         value = values.get(ref)
         position += 1
-        if value is None or (fetch and value.where is ELSEWHERE):
+        if value is None or (fetch and value.where is ELSEWHERE and ref not in stored):
             rest.append(ref)
             continue
         ready.append(ref)

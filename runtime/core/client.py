@@ -83,6 +83,8 @@ class ClientCore:
         self.dropped: list[bytes] = []
         self.unpinned: list[bytes] = []
         self.out: list[Item] = []
+        self.stored: set[bytes] = set()
+        """Large objects that this process put, and that are in its node's store: they are here, though not read."""
         self.streams: dict[int, Value] = {}
         """Values whose bytes are arriving, by transfer."""
         self.listeners: dict[Listener, None] = {}
@@ -134,6 +136,7 @@ class ClientCore:
         self.values[object_id] = value
         if value.where == Where.ELSEWHERE:
             self.some_elsewhere = True
+            self.stored.add(object_id)
 
     def send(self, item: Item) -> None:
         """Anything else, after what was sent before; a template or function goes before its first task."""
@@ -326,6 +329,8 @@ class ClientCore:
             self.expected -= 1
         if self.owners:
             self.owners.pop(object_id, None)
+        if self.stored:
+            self.stored.discard(object_id)
         if self._fetching:
             self._fetching.discard(object_id)
 

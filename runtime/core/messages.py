@@ -374,12 +374,6 @@ class CallActors(Message, frozen=True):
     templates: list[TaskTemplate]
 
 
-class CallsRefused(Message, frozen=True):
-    """The actors of these calls do not live here (any more): look them up again."""
-
-    task_ids: list[bytes]
-
-
 class TasksFinished(Message, frozen=True):
     """Results of tasks that ran for another node; outputs larger than inline stay there (``offset`` set)."""
 
@@ -641,7 +635,7 @@ AnyMessage = (
     SubmitTasks | PutObjects | CreateObject | SealObjects | AbortObjects | WaitObjects | References | Unpin
     | CancelTasks | CancelScope | KillActor | ActorHandles | Query | TasksDone | ReturnTasks | Blocked | ObjectsReady
     | ObjectCreated | CreateFailed | RunTasks | TakeBack | Interrupt | Answer | Heartbeat | PlaceTasks | TasksPlaced
-    | TasksUnplaceable | AssignTasks | CallActors | CallsRefused | TasksFinished | PullObject | PulledInline
+    | TasksUnplaceable | AssignTasks | CallActors | TasksFinished | PullObject | PulledInline
     | PullFailed | RegisterNode | NodesChanged | PutFunctions | GetFunctions | Functions | ObjectsChanged
     | LocateObjects | ObjectsLocated | HoldObjects | HoldsCounted | FreeObjects | LogTasks | ForgetTasks | LogEvents
     | UpdateActors | WatchActors | ActorsChanged | PublishCancel | ControlQuery

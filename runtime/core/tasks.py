@@ -95,11 +95,14 @@ class Tasks:
         """Tasks that are to run here and lack inputs, actor calls left out."""
         self.events: list[TaskEvent] = []
         self.unlogged: list[TaskEntry] = []
+        self.ended: list[TaskEntry] = []
+        """Done after their lineage was logged, and what they were to make was forgotten before: that goes, too."""
         self.cancelled: dict[bytes, None] = {}
         """Scopes that were cancelled: what arrives for them later is refused."""
         self.assignments = 0
         """How many tasks placement ever sent here."""
         self._forward: list[TaskEntry] = []
+        self._failing: list[tuple[TaskEntry, bytes]] = []
         self._wanting_function: dict[bytes, list[TaskEntry]] = {}
         self._deadlines: list[tuple[float, bytes]] = []
         table.expected = self._expects
@@ -179,7 +182,7 @@ class Tasks:
                 for object_id in spec.borrowed:
                     table.pin(table.know(object_id))
             if called:
-                if handle is None:
+                if handle is None or handle.state is GONE:  # a call that failed at once held it last
                     handle = table.know(called + FIRST)
                 table.pin(handle)
             if spec.deadline is not None:
@@ -330,11 +333,20 @@ class Tasks:
         if task.phase != WAITING:
             return
         if entry.error:
-            self._fail_with(task, entry.payload)
+            self._fail_after(task, entry.payload)
             return
         task.missing -= 1
         if not task.missing:
             self._all_here(task)
+
+    def _fail_after(self, task: TaskEntry, payload: bytes) -> None:
+        """Fail a task for its input, and then what fails for its result: a chain of tasks may be of any length."""
+        self._failing.append((task, payload))
+        if len(self._failing) == 1:
+            for task, payload in self._failing:  # which grows
+                if task.phase == WAITING:
+                    self._fail_with(task, payload)
+            self._failing = []
 
     def _all_here(self, task: TaskEntry) -> None:
         self._waits_no_longer(task)
@@ -407,7 +419,9 @@ class Tasks:
                 ):  # ``_finish`` in one go, for the most common case: a small result that only its submitter knows
                     task.phase = DONE
                     del unfinished[spec.task_id]
-                    if handle is not None:
+                    if task.logged:
+                        self._logged_ends(task)
+                    if handle is not None and spec.actor:  # tasks may stand before a creation
                         self._table.unpin(handle)
                     if made is not None and made.state is PENDING:
                         payload = output.payload
@@ -466,6 +480,8 @@ class Tasks:
         task.phase = DONE
         self._waits_no_longer(task)
         del self.entries[spec.task_id]
+        if task.logged:
+            self._logged_ends(task)
         if task.origin:
             self._finish_for(task, result, process)
         else:
@@ -478,6 +494,11 @@ class Tasks:
                 task.reason,
             )
         )  # fmt: skip
+
+    def _logged_ends(self, task: TaskEntry) -> None:
+        made = task.result
+        if made is None or made.state is GONE or not made.logged:
+            self.ended.append(task)
 
     def _store(self, spec: TaskSpec, result: TaskResult, process: Address) -> None:
         """Results of a task that this node owns, made here."""
@@ -550,6 +571,8 @@ class Tasks:
                 continue
             task.phase = DONE
             del self.entries[result.task_id]
+            if task.logged:
+                self._logged_ends(task)
             failed = result.status != OK
             for index, output in enumerate(result.outputs):
                 object_id = ids.return_id(result.task_id, index)

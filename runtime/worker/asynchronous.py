@@ -38,6 +38,9 @@ class AsyncCalls:
         self._woken = False
         """A runner was told that there is something to begin, and has not looked yet."""
         self._scopes: dict[bytes, trio.CancelScope] = {}
+        self._slow: dict[bytes, bool] = {}
+        """By template: whether results are sent before it is called, for it may hold up Trio: a plain method that did
+        so the last time, or was never called."""
         self._nursery: trio.Nursery
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
@@ -148,9 +151,17 @@ class AsyncCalls:
                 self._interrupt()
             value: Any = executor.target(template)
             args, kwargs = arguments(connection, spec, inputs)
+            slow = self._slow.get(spec.template)
+            if slow is None:
+                slow = not inspect.iscoroutinefunction(value)
+            if slow and connection.pending:
+                connection.flush()
             value = value(*args, **kwargs)
             if inspect.iscoroutine(value):
+                self._slow[spec.template] = False
                 value = await _run_coroutine(value, waits)
+            else:
+                self._slow[spec.template] = time.monotonic() - started > TURN_S
             if template.kind is CREATION:
                 executor.instance, value = value, None
             del args, kwargs

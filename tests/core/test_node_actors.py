@@ -7,6 +7,7 @@ from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (
     ActorHandles,
+    CancelScope,
     Heartbeat,
     KillActor,
     Load,
@@ -219,3 +220,61 @@ def test_tasks_do_not_wait_for_what_an_actor_holds() -> None:
     refs = driver.submit(*[driver.spec(NOOP) for _ in range(50)], templates=[])
     harness.run()
     assert all(ref in driver.values for ref in refs), "at once"
+
+
+def test_a_creation_does_not_share_its_worker_with_tasks_before_it() -> None:
+    create = template("Counter", kind=Kind.ACTOR_CREATION)  # it needs what tasks need, and so waits in their queue
+    harness = Harness()
+    driver = harness.driver()
+    node = harness.machines["n:0"]
+    first = driver.spec(create)  # the constructor is known to be quick
+    driver.submit(first, templates=[create])
+    harness.advance(0.1)
+    driver.send(ActorHandles([], [first.task_id]))
+    harness.advance(0.1)
+    driver.submit(*[driver.spec(NOOP) for _ in range(3)], templates=[NOOP])
+    harness.advance(0.1)
+    harness.hold = True
+    creation = driver.spec(create)
+    driver.submit(*[driver.spec(NOOP) for _ in range(8)], creation, templates=[NOOP, create])
+    harness.run()
+    for worker in node.scheduler.workers.values():
+        assert worker.actor is None or list(worker.running) == [worker.actor]
+    harness.hold = False
+    harness.advance(1.0)
+    driver.send(ActorHandles([], [creation.task_id]))
+    harness.advance(3.0)
+    assert not node.tasks.actors.local and node.scheduler.available == dict(node.info.resources)
+
+
+def test_calls_of_one_batch_that_fail_at_once_each_hold_the_handle() -> None:
+    harness = Harness()
+    driver, other = harness.driver(), harness.driver()
+    creation = driver.spec(CREATE)
+    driver.submit(creation, templates=[CREATE])
+    harness.advance(0.2)
+    driver.send(KillActor(creation.task_id))
+    driver.send(ActorHandles([], [creation.task_id]))
+    harness.advance(0.2)
+    for _ in range(2):  # the first time the node does not know yet that the actor is dead
+        refs = other.submit(*[other.spec(CALL, actor=creation.task_id) for _ in range(3)], templates=[CALL])
+        harness.advance(0.2)
+        assert all(kind_of(other.values[ref].payload) == "ActorDiedError" for ref in refs)
+        other.send(References([], refs))
+        harness.advance(2.0)
+    assert not harness.machines["n:0"].table.entries
+
+
+def test_calls_of_one_batch_in_a_cancelled_scope_each_hold_the_handle() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    creation = driver.spec(CREATE)
+    driver.submit(creation, templates=[CREATE])
+    harness.advance(0.2)
+    scope = driver.scope + b"x" * ids.SCOPE_BYTES
+    driver.send(CancelScope(scope))
+    harness.run()
+    unknown = bytes(ids.TASK_ID_BYTES)
+    refs = driver.submit(*[driver.spec(CALL, actor=unknown, scope=scope) for _ in range(2)], templates=[CALL])
+    harness.run()
+    assert all(kind_of(driver.values[ref].payload) == "TaskCancelledError" for ref in refs)

@@ -237,6 +237,16 @@ def test_wait_looks_through_a_list_that_was_changed_since_wait_left_it() -> None
         ray.wait(nothing)
 
 
+def test_a_large_object_of_ones_own_is_there_for_wait() -> None:
+    large, small = ray.put(np.zeros(1_000_000)), ray.put(1)
+    assert ray.wait([large], timeout=0) == ([large], [])
+    ready, rest = ray.wait([large, small])
+    assert ready == [large] and rest == [small]
+    first, second = ray.put(np.zeros(1_000_000)), ray.put(np.zeros(1_000_000))
+    _, rest = ray.wait([small, first, second])
+    assert ray.wait(rest, timeout=0) == ([first], [second])
+
+
 def test_what_is_no_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="ObjectRef"):
         ray.get(3)  # type: ignore[call-overload]
@@ -542,6 +552,27 @@ def test_a_cancelled_call_whose_cleaning_up_fails_leaves_its_actor_alive() -> No
     with pytest.raises(exceptions.TaskCancelledError):
         ray.get(swim)
     assert ray.get(pool.depth.remote()) == 3
+
+
+def test_a_method_that_holds_up_an_async_actor_does_not_hold_back_results(tmp_path: Path) -> None:
+    @ray.remote
+    class Mixed:
+        async def quick(self) -> int:
+            return 1
+
+        def block(self, until: Path) -> bool:
+            while not until.exists():
+                time.sleep(0.001)
+            return True
+
+    mixed = Mixed.options(max_concurrency=4).remote()
+    assert ray.get(mixed.quick.remote()) == 1
+    for number in range(2):  # the first time nobody knows how long it takes
+        until = tmp_path / f"until {number}"
+        quick, blocked = [mixed.quick.remote() for _ in range(20)], mixed.block.remote(until)
+        assert ray.get(quick, timeout=60) == [1] * 20
+        until.touch()
+        assert ray.get(blocked)
 
 
 def test_an_async_task_is_cancelled(tmp_path: Path) -> None:

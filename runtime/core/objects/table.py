@@ -100,6 +100,8 @@ class ObjectTable:
         self._unsealed: dict[Address, dict[bytes, ObjectEntry]] = {}
         """What each process is writing."""
         self._solo: dict[Address, tuple[Address, ...]] = {}
+        self._unneeded: list[ObjectEntry] = []
+        """Being discarded."""
         self.expected: Callable[[bytes], bool] = lambda object_id: False
         """Whether an object will be made by an unfinished task that this node owns."""
 
@@ -187,18 +189,20 @@ class ObjectTable:
             self.discard_when_unused(entry)
 
     def export(self, entry: ObjectEntry) -> None:
-        """Another node may know the object from now on."""
-        if entry.exported:
-            return
-        entry.exported = True
-        if entry.holders or entry.pins:
-            entry.held = True
-            self.ledger.add(entry.object_id)
-            self.ledger.claim(entry.object_id)
-        if entry.local:
-            self.updates.append(ObjectUpdate(entry.object_id, entry.size, entry.contained))
-        for object_id in entry.contained:
-            self.export(self.know(object_id))
+        """Another node may know the object from now on, and what it contains."""
+        found = [entry]
+        for entry in found:  # which grows: objects contain each other as deep as a program likes
+            if entry.exported:
+                continue
+            entry.exported = True
+            if entry.holders or entry.pins:
+                entry.held = True
+                self.ledger.add(entry.object_id)
+                self.ledger.claim(entry.object_id)
+            if entry.local:
+                self.updates.append(ObjectUpdate(entry.object_id, entry.size, entry.contained))
+            if entry.contained:
+                found += map(self.know, entry.contained)
 
     # -- making ------------------------------------------------------------------------------------------------
 
@@ -322,7 +326,14 @@ class ObjectTable:
         self.discard_when_unused(entry)
 
     def discard_when_unused(self, entry: ObjectEntry) -> None:
-        """Forget the object now, or when its bytes are no longer in use."""
+        """Forget the object now, or when its bytes are no longer in use; and what nobody else refers to in it."""
+        self._unneeded.append(entry)
+        if len(self._unneeded) == 1:  # else it is within the loop below: they contain each other as deep as may be
+            for entry in self._unneeded:
+                self._discard(entry)
+            self._unneeded = []
+
+    def _discard(self, entry: ObjectEntry) -> None:
         if entry.uses or entry.waiters or entry.state == UNSEALED:
             return
         if self.entries.pop(entry.object_id, None) is None:
@@ -381,7 +392,6 @@ class ObjectTable:
         for pins in self._readers.values():
             for object_id, count in pins.items():
                 reads[object_id] = reads.get(object_id, 0) + count
-        in_arena = 0
         for object_id, entry in self.entries.items():
             assert entry.object_id == object_id
             assert entry.pins >= 0 and entry.uses >= reads.get(object_id, 0)
@@ -390,11 +400,7 @@ class ObjectTable:
             assert not entry.exported or entry.held or not (entry.holders or entry.pins), "exported and not held"
             if not entry.exported and not entry.holders and not entry.pins:
                 assert entry.uses or entry.waiters or entry.state == UNSEALED, "nobody needs it"
-            in_arena += entry.offset >= 0
         for object_id in reads:
             assert object_id in self.entries, "a read pin of a forgotten object"
         assert set(self._replicas) <= set(self.entries)
-
-    def held_by(self, process: Address) -> Iterable[ObjectEntry]:
-        """The objects a process has references to."""
-        return (entry for entry in self.entries.values() if process in entry.holders)
+        assert not self._unneeded, "objects were not discarded"

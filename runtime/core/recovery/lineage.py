@@ -60,6 +60,7 @@ class WriteBehind:
         tasks.unlogged = [
             task for task in tasks.unlogged
             if task.phase is not DONE or task.result is None or task.result.state is not GONE
+            or task.result.object_id in table.entries  # forgotten, and known again
         ]  # fmt: skip
         table.unreported = [entry for entry in table.unreported if entry.state is not GONE]
 
@@ -107,21 +108,27 @@ class WriteBehind:
     def forget(self, effects: list[AnyEffect]) -> None:
         """Drop the lineage of tasks none of whose results exists any more."""
         table = self._table
-        if not table.dropped:
+        if not table.dropped and not self._tasks.ended:
             return
         entries, unfinished = table.entries, self._tasks.entries
-        forgotten: dict[int, dict[bytes, None]] = {}
+        over: list[bytes] = []
+        for task in self._tasks.ended:  # its results may have been dropped, and referred to again, before it was done
+            if not self._mark_outputs(task):
+                over.append(task.spec.task_id)
+        self._tasks.ended = []
         for entry in table.dropped:
             task_id = ids.task_of(entry.object_id)
-            if task_id in unfinished or (
+            if task_id not in unfinished and not (
                 entry.object_id in entries if entry.logged == 1
                 else any(ids.return_id(task_id, index) in entries for index in range(entry.logged))
             ):
-                continue
+                over.append(task_id)
+        table.dropped = []
+        forgotten: dict[int, dict[bytes, None]] = {}
+        for task_id in over:
             shard = ids.shard_of(task_id, self._shards)
             if shard not in forgotten:
                 forgotten[shard] = {}
             forgotten[shard][task_id] = None
-        table.dropped = []
         for shard, task_ids in forgotten.items():
             effects.append(Send(control_address(shard), ForgetTasks(list(task_ids))))

@@ -394,7 +394,7 @@ class LocalScheduler:
                 template = task.template
                 creation = template.template.kind == Kind.ACTOR_CREATION
                 ahead = template.ahead
-            if held and (held >= ahead or worker.actor is not None):
+            if held and (creation or held >= ahead or worker.actor is not None):
                 break
             queue.popleft()
             held += 1
