@@ -9,10 +9,11 @@ import msgspec
 from trio_ray.runtime.api import timeline
 from trio_ray.runtime.api.actors import ActorClass, ActorHandle, get_actor, make_actor_class
 from trio_ray.runtime.api.context import current
+from trio_ray.runtime.api.errors import TaskCancelledError
 from trio_ray.runtime.api.nursery import Nursery, start
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.session import Session
-from trio_ray.runtime.api.waiting import check_wait, split, value_in_trio, wait_in_trio
+from trio_ray.runtime.api.waiting import check_wait, hear_deadline, split, value_in_trio, wait_in_trio
 
 
 class Cluster:
@@ -46,13 +47,21 @@ class Cluster:
     async def gather(self, refs: Sequence[ObjectRef], *, return_exceptions: bool = False) -> list[Any]:
         """The values of objects, in order. Raises the first error as soon as it is known, unless
         ``return_exceptions``."""
+        import trio
+
         wanted = list(refs)
         await wait_in_trio(self._session, wanted, len(wanted), fetch=True, stop_at_error=not return_exceptions)
         session = self._session
         if session.core.some_error and not return_exceptions:
             for ref in wanted:
                 if session.is_error(ref):
-                    raise session.read(ref)
+                    error = session.read(ref)
+                    try:
+                        if isinstance(error, TaskCancelledError):
+                            await hear_deadline(trio.current_effective_deadline())
+                        raise error
+                    finally:  # or it and this frame, with the references in it, would keep each other alive
+                        del error
         return session.read_all(wanted, return_exceptions=return_exceptions)
 
     async def as_completed(self, refs: Sequence[ObjectRef]) -> AsyncIterator[ObjectRef]:

@@ -17,7 +17,7 @@ from trio_ray.runtime.api.errors import RaySystemError, TaskCancelledError
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.api.remote import RemoteFunction, as_remote
 from trio_ray.runtime.api.session import Session
-from trio_ray.runtime.api.waiting import wait_in_trio
+from trio_ray.runtime.api.waiting import hear_deadline, wait_in_trio
 from trio_ray.runtime.core import ids
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Nursery(_Scope):
         import trio
 
         self._enter()
+        self._deadline = trio.current_effective_deadline()
         self.cancel_scope = trio.CancelScope()
         self.cancel_scope.__enter__()
         self._told = self._session.link.call_soon(self._first_failure)
@@ -155,6 +156,8 @@ class Nursery(_Scope):
                     self._session, self._refs, len(self._refs), fetch=False, stop_at_error=True
                 )  # fmt: skip
                 self._failed = self._failed or failed
+                if self._failed and any(isinstance(e, TaskCancelledError) for e in self._errors(cancelled=False)):
+                    await hear_deadline(self._deadline)
             except BaseException as interrupted:
                 error = interrupted
         self._open = False

@@ -5,12 +5,14 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trio_ray.runtime.api.context import current
-from trio_ray.runtime.api.errors import RayError, RaySystemError
+from trio_ray.runtime.api.errors import RayError, RaySystemError, TaskCancelledError
 from trio_ray.runtime.api.refs import ObjectRef
 from trio_ray.runtime.core.messages import Where
 from trio_ray.runtime.core.waiter import Waiter
 
 ELSEWHERE = Where.ELSEWHERE
+CLOCKS_S = 0.05
+"""How far the clocks of a node and a driver elsewhere may be apart: half of what a message takes there and back."""
 TURN_S, TURN = 0.001, 100
 """How long, and how often, tasks that wait for what is there may do so without letting others run."""
 
@@ -83,8 +85,24 @@ async def let_others_run(session: "Session") -> None:
         session.turns, session.turn_ends = 0, session.link.now() + TURN_S
 
 
+async def hear_deadline(deadline: float) -> None:
+    """A task was cancelled, perhaps because of the ``deadline`` (on Trio's clock) around whoever waits for it.
+
+    The cluster may have noticed it before Trio did: then this raises ``trio.Cancelled``, which is what the waiter is to
+    hear. A node elsewhere keeps a clock of its own, so a deadline that is about to pass counts.
+    """
+    import trio
+
+    left = deadline - trio.current_time()
+    with trio.CancelScope(shield=True):
+        await trio.sleep(left if 0 < left < CLOCKS_S else 0)
+    await trio.lowlevel.checkpoint()
+
+
 async def value_in_trio(session: "Session", ref: ObjectRef) -> Any:
     """The object's value; raises it if it is an error."""
+    import trio
+
     if session.core.readable(ref):
         await let_others_run(session)
     else:
@@ -92,6 +110,8 @@ async def value_in_trio(session: "Session", ref: ObjectRef) -> Any:
     value = session.read(ref)
     if isinstance(value, RayError) and session.is_error(ref):
         try:
+            if isinstance(value, TaskCancelledError):
+                await hear_deadline(trio.current_effective_deadline())
             raise value
         finally:  # or it and this frame, with the references in it, would keep each other alive
             del value

@@ -156,6 +156,29 @@ async def test_deadlines_reach_the_tasks(cluster: Cluster, tmp_path: Path) -> No
         await ref
 
 
+@pytest.mark.parametrize("way", ["nursery", "await", "gather"])
+async def test_a_deadline_that_the_cluster_notices_first_is_a_deadline_all_the_same(cluster: Cluster, way: str) -> None:
+    @trio_ray.remote(num_cpus=0)
+    async def sleep_long() -> None:
+        await trio.sleep(600)
+
+    async def hold_up_trio() -> None:
+        await trio.sleep(0.1)
+        time.sleep(1.0)  # noqa: ASYNC251 - meanwhile the deadline passes, and the task is cancelled and reported
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hold_up_trio)
+        with trio.move_on_after(0.3) as scope:
+            if way == "nursery":
+                async with cluster.open_nursery() as tasks:
+                    tasks.start_soon(sleep_long)
+            elif way == "await":
+                await sleep_long.remote()
+            else:
+                await cluster.gather([sleep_long.remote() for _ in range(2)])
+    assert scope.cancelled_caught
+
+
 async def test_another_cluster_is_refused_meanwhile(cluster: Cluster) -> None:
     with pytest.raises(RuntimeError, match="already"):
         async with trio_ray.open_cluster():
