@@ -82,7 +82,7 @@ def status(address: Address = "auto", as_json: Json = False) -> None:
         return
     from rich.table import Table
 
-    pids = {process.node.removeprefix("n:"): str(process.pid) for process in file.nodes}
+    pids = {node.removeprefix("n:"): str(pid) for node, pid in _processes(file).items()}
     table = Table("node", "process", "address", "state", "resources", box=None, pad_edge=False, header_style="bold")
     for row in rows:
         state = "[green]alive[/]" if row["Alive"] else "[red]dead[/]"
@@ -107,9 +107,9 @@ def down(everything: Annotated[bool, typer.Option("--all", help="End all of your
         local.sweep()
         console().print("No cluster runs in the background; there is nothing to end.")
         return
-    # Nodes that joined go with the cluster that they joined; a cluster of its own stays unless all are to go.
+    # Nodes that joined go with the cluster that they joined, before it; one of its own stays unless all are to go.
     first = files[0]
-    for file in files if everything else [file for file in files if file.head.tcp == first.head.tcp]:
+    for file in reversed(files if everything else [file for file in files if file.head.tcp == first.head.tcp]):
         with console(stderr=True).status(f"ending {len(file.nodes)} node processes"):
             local.stop_cluster(file)
         console().print(f"The {_cluster_or_node(file)} at {file.head.tcp} has ended.")
@@ -269,8 +269,16 @@ def _secret(address: str, path: Path | None) -> str:
 def _facts(file: "ClusterFile") -> dict[str, Any]:
     return {
         "name": file.name, "address": file.head.tcp, "websocket": file.head.ws, "policy": file.policy,
-        "started_at": file.started_at, "processes": {node.node: node.pid for node in file.nodes},
+        "started_at": file.started_at, "processes": _processes(file),
     }  # fmt: skip
+
+
+def _processes(file: "ClusterFile") -> dict[str, int]:
+    """The node processes of a cluster on this machine, also those that joined it later."""
+    from trio_ray.runtime.launch import local
+
+    files = [file, *(other for other in local.clusters() if other.head.tcp == file.head.tcp)]
+    return {process.node: process.pid for known in files for process in known.nodes}
 
 
 def _cluster_or_node(file: "ClusterFile") -> str:

@@ -302,18 +302,6 @@ class LocalCluster:
         self._save()
         return process
 
-    def remove_node(self, node: str, *, kill: bool = False) -> None:
-        """End one node, politely or at once. Raises KeyError for a node that is not of this cluster."""
-        found = next((local for local in self._nodes if local.settings.node == node), None)
-        if found is None:
-            raise KeyError(node)
-        self._nodes.remove(found)
-        if kill:
-            os.kill(found.pid, signal.SIGKILL)
-        found.stop()
-        self.file.nodes = [process for process in self.file.nodes if process.node != node]
-        self._save()
-
     def _save(self) -> None:
         save(self.folder, self.file)
 
@@ -351,7 +339,8 @@ def secret_file(file: ClusterFile) -> Path:
 
 
 def clusters() -> list[ClusterFile]:
-    """The clusters of this user on this machine that are alive: background clusters first, newest first."""
+    """The clusters of this user on this machine that are alive: in the background first, those whose head is here
+    before nodes that joined one, newest first."""
     found = []
     for folder in runtime_root().iterdir():
         try:
@@ -360,7 +349,7 @@ def clusters() -> list[ClusterFile]:
             continue
         if any(runs(node) for node in file.nodes):
             found.append(file)
-    return sorted(found, key=lambda file: (not file.detached, -file.started_at))
+    return sorted(found, key=lambda file: (not file.detached, not file.head.pid, -file.started_at))
 
 
 def find(address: str = "auto") -> ClusterFile | None:

@@ -93,8 +93,12 @@ def test_a_node_joins_and_others_notice(trio_ray: TrioRay) -> None:
     address = json.loads(trio_ray("status", "--json").stdout)["address"]
     joined = trio_ray("start", "--address", address, "--detach", "--cpus", "2", "--resource", "disk=1")
     assert joined.returncode == 0, joined.stderr
-    told = json.loads(trio_ray("status", "--json", "--address", address).stdout)
+    told = json.loads(trio_ray("status", "--json").stdout)
     assert told["resources"] == {"CPU": 3.0, "disk": 1.0}
+    assert told["policy"] == "bottom-up"
+    assert len(told["processes"]) == 2
+    shown = trio_ray("status").stdout
+    assert "elsewhere" not in shown and "policy bottom-up" in shown
     down = trio_ray("down", "--all")
     assert down.stdout.count("has ended") == 2
 
