@@ -31,6 +31,7 @@ def _nowhere(object_id: object) -> None:
 _made: Callable[[bytes], None] = _nowhere
 _made_many: Callable[[list[bytes]], None] = _nowhere
 _dropped: Callable[[bytes], None] = _nowhere
+_dropped_many: Callable[[list[bytes]], None] = _nowhere
 _wake: Callable[[], None] | None = None
 _collect: Callable[[bytes], None] = _nowhere
 
@@ -145,13 +146,19 @@ def restore(object_id: bytes) -> ObjectRef:
 
 def restore_list(object_ids: list[bytes]) -> list[ObjectRef]:
     """One more reference to each of these objects, as ``restore`` makes them."""
-    _made_many(object_ids)
     # Python's collector counts each of them, and would look through the whole heap several times meanwhile.
     collecting = len(object_ids) > MANY and gc.isenabled()
+    references: list[ObjectRef] = []
     try:
         if collecting:
             gc.disable()
-        return list(map(_new, repeat(ObjectRef), object_ids))
+        _made_many(object_ids)
+        references.extend(map(_new, repeat(ObjectRef), object_ids))
+        return references
+    except BaseException:
+        if not references:  # Ctrl-C, or a cancelled task, between the two: they are counted, and nobody has them
+            _dropped_many(object_ids)
+        raise
     finally:
         if collecting:
             gc.enable()
@@ -181,14 +188,15 @@ class Counter(Protocol):
 
 def bind(core: Counter) -> None:
     """From now on this process's references are counted in ``core``."""
-    global _made, _made_many, _dropped
-    _made, _made_many, _dropped = core.made.append, core.made.extend, core.dropped.append
+    global _made, _made_many, _dropped, _dropped_many
+    _made, _made_many = core.made.append, core.made.extend
+    _dropped, _dropped_many = core.dropped.append, core.dropped.extend
 
 
 def unbind() -> None:
     """References are counted nowhere: there is no session."""
-    global _made, _made_many, _dropped, _wake, waiting
-    _made = _dropped = _made_many = _nowhere
+    global _made, _made_many, _dropped, _dropped_many, _wake, waiting
+    _made = _made_many = _dropped = _dropped_many = _nowhere
     _wake = waiting = None
 
 
@@ -196,14 +204,14 @@ def unbind() -> None:
 def bound(core: Counter, by: Waiting) -> Iterator[None]:
     """Within the block references are counted in ``core``, where drops are noticed anyway, and awaited through ``by``;
     afterwards as before."""
-    global _made, _made_many, _dropped, _wake, waiting
-    before = _made, _made_many, _dropped, _wake, waiting
+    global _made, _made_many, _dropped, _dropped_many, _wake, waiting
+    before = _made, _made_many, _dropped, _dropped_many, _wake, waiting
     bind(core)
     _wake, waiting = None, by
     try:
         yield
     finally:
-        _made, _made_many, _dropped, _wake, waiting = before
+        _made, _made_many, _dropped, _dropped_many, _wake, waiting = before
 
 
 def wake_with(wake: Callable[[], None] | None) -> None:

@@ -3,7 +3,7 @@
 import gc
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,24 @@ class Local:
 
 
 # -- serialization -----------------------------------------------------------------------------------------------
+
+
+class Interrupted(list[bytes]):
+    """A log during whose extension Ctrl-C is pressed."""
+
+    def extend(self, more: Iterable[bytes]) -> None:
+        super().extend(more)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_references_are_made_leaves_none_counted(core: ClientCore) -> None:
+    core.made = Interrupted()
+    refs.bind(core)
+    object_ids = [number.to_bytes(20, "big") for number in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        refs.restore_list(object_ids)
+    assert gc.isenabled()
+    assert core.made == core.dropped == object_ids
 
 
 def test_plain_values_have_no_header() -> None:
