@@ -77,7 +77,7 @@ class Session:
             deadline = _trio_deadline(self.link, deadline)
         core = self.core
         spec = TaskSpec(
-            task_id, template.template_id, payload, inputs, borrowed, scope or context.scope, core.process, actor, 0,
+            task_id, template.template_id, payload, inputs, borrowed, scope or context.scope, core.process, actor,
             deadline, packed is not None, actor_name,
         )  # fmt: skip
         if template.num_returns == 1:

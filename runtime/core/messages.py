@@ -89,8 +89,6 @@ class TaskResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     outputs: tuple[Output, ...]
     started_at: float = 0.0
     duration_s: float = 0.0
-    spawned: bool = False
-    """It submitted tasks of its own, which may still run in its scope."""
 
 
 class Function(msgspec.Struct, frozen=True, array_like=True, gc=False):

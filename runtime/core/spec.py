@@ -78,8 +78,6 @@ class TaskSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Address of the process that submitted it and waits for its results."""
     actor: bytes = b""
     """For calls: the actor's id (which is the task id of its creation)."""
-    sequence: int = 0
-    """For calls: the count of this handle owner's calls to this actor, from 0; calls run in this order."""
     deadline: float | None = None
     """When to give up, on the cluster's clock of the submitting node."""
     packed_args: bool = False

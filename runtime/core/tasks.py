@@ -552,9 +552,7 @@ class Tasks:
                     error=result.status != OK, contained=output.contained,
                 )  # fmt: skip
             outputs.append(output)
-        told = TaskResult(
-            result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s, result.spawned
-        )
+        told = TaskResult(result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s)
         self.finished.setdefault(task.origin, []).append(told)
 
     def finished_elsewhere(self, source: Address, results: list[TaskResult]) -> list[bytes]:

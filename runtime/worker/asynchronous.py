@@ -173,10 +173,10 @@ class AsyncCalls:
             if scope.cancel_called:
                 self._ended(spec)
                 ended = time.monotonic()
-                connection.done(TaskResult(spec.task_id, Status.CANCELLED, (), started, ended - started, task.spawned))
+                connection.done(TaskResult(spec.task_id, Status.CANCELLED, (), started, ended - started))
             raise
         self._ended(spec)
-        return TaskResult(spec.task_id, status, made, started, time.monotonic() - started, task.spawned)
+        return TaskResult(spec.task_id, status, made, started, time.monotonic() - started)
 
     def _ended(self, spec: TaskSpec) -> None:
         del self._scopes[spec.task_id]

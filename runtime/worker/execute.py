@@ -85,7 +85,7 @@ class Executor:
         context.running.reset(token)
         if connection.worker.interrupted:
             self.forget_interrupt(spec.task_id)
-        return TaskResult(spec.task_id, status, made, started, ended - started, task.spawned)
+        return TaskResult(spec.task_id, status, made, started, ended - started)
 
     def forget_interrupt(self, task_id: bytes) -> None:
         """The task has ended, whether or not the node wanted it to."""
