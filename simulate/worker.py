@@ -446,11 +446,15 @@ class SimulatedWorker(SimulatedLink):
         if status != Status.CANCELLED:
             held = self._held if job.template.kind == Kind.ACTOR_CALL else job.template.resources
             self.engine.meter.ran(job.template.name, self.process, job.begun_at, job.begun_at + job.duration_s, held)
-        if task is not None and not task.spawned and not next(task.puts):
-            self.world.register.childless(task)
+        spawned = False
+        if task is not None:
+            task.ended = True
+            spawned = task.spawned or task.nurseries > 0
+            if not next(task.children) and not next(task.puts):
+                self.world.register.childless(task)
         now = self.engine.env.now
         duration = job.duration_s + now - job.called_at if job.called_at else now - job.begun_at
-        result = TaskResult(spec.task_id, status, made, job.begun_at, duration)
+        result = TaskResult(spec.task_id, status, made, job.begun_at, duration, spawned)
         if job.template.kind == Kind.ACTOR_CREATION and status == Status.OK:
             self._slots = job.template.max_concurrency
         self._due = self.worker.done(result, now) or self._due

@@ -1,7 +1,7 @@
 """Which task is running here, and through which session it talks to the cluster.
 
-A driver is a task too: the root of its job. In a worker every running task has its own context; a thread or Trio task
-started by it inherits it where Python's context variables do, and falls back to the process's own otherwise.
+A driver is a task too: the root of its job. In a worker every running task has its own context. A thread or Trio task
+started by it inherits it where Python's context variables do, until the task has ended; else it has the process's own.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,10 @@ class TaskContext(msgspec.Struct, eq=False):
     in_trio: bool = False
     """Trio runs here: a surrounding deadline passes on to children."""
     spawned: bool = False
-    """It submitted tasks."""
+    """It started tasks outside of nurseries, which may still run when it has ended."""
+    nurseries: int = 0
+    """How many of its nurseries are open. Counted under the link's lock."""
+    ended: bool = False
     children: "count[int]" = msgspec.field(default_factory=count)
     puts: "count[int]" = msgspec.field(default_factory=count)
     scopes: "count[int]" = msgspec.field(default_factory=count)
@@ -58,7 +61,7 @@ def current() -> TaskContext:
     """The context of the running task; a process that has none is initialized first, as ``init()`` does."""
     context = running.get()
     if context is not None:
-        return context
+        return context.session.root if context.ended else context
     if _process is None:
         if _initialize is None:
             raise RuntimeError("trio_ray is not initialized in this process: call trio_ray.init() first")

@@ -64,11 +64,15 @@ class _Scope:
         self._open = False
         self._refs: list[ObjectRef] = []
         self._ids: set[bytes] = set()
+        self._unheard = False
+        """Something was started in it that no reference tells about: an actor, or a task without results."""
 
     def _enter(self) -> None:
         self._context = context = current()
         self._session = context.session
         self._scope = ids.child_scope(context.scope, context.task_id, next(context.scopes))
+        with self._session.link.lock:
+            context.nurseries += 1
         self._open = True
 
     def start_soon(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -86,13 +90,18 @@ class _Scope:
         elif isinstance(started, list):
             self._refs += started
             self._ids.update(started)
+        else:
+            self._unheard = True
         return started
 
-    def _cancel_tasks(self) -> None:
+    def _end(self, *, cancelled: bool) -> None:
+        self._open = False
         try:
-            self._session.cancel_scope(self._scope)
+            self._session.end_scope(self._scope, done=not (cancelled or self._unheard))
         except RaySystemError:
             pass  # the node is gone, and ends the tasks of a driver it lost
+        with self._session.link.lock:
+            self._context.nurseries -= 1
 
     def _errors(self, *, cancelled: bool) -> list[Exception]:
         """What the tasks raised; once cancelled, being cancelled is no error."""
@@ -160,11 +169,10 @@ class Nursery(_Scope):
                     await hear_deadline(self._deadline)
             except BaseException as interrupted:
                 error = interrupted
-        self._open = False
         cancelled = error is not None or self._failed
         with self._session.link.lock:
             self._session.core.error_watchers.pop(self._on_error, None)
-        self._cancel_tasks()
+        self._end(cancelled=cancelled)
         if cancelled and not self._session.core.failure:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + STUBBORN_S):
                 await wait_in_trio(self._session, self._refs, len(self._refs), fetch=False)
@@ -198,9 +206,8 @@ class TaskScope(_Scope):
                 failed = any(map(self._session.is_error, self._refs))
             except BaseException as interrupted:
                 error = interrupted
-        self._open = False
         cancelled = failed or error is not None
-        self._cancel_tasks()
+        self._end(cancelled=cancelled)
         if cancelled and not self._session.core.failure:
             link.wait(self._refs, len(self._refs), STUBBORN_S, fetch=False)
         errors = self._errors(cancelled=cancelled)

@@ -71,13 +71,15 @@ class Session:
         else:
             payload, inputs, borrowed, packed = NO_ARGUMENTS, _NO_IDS, _NO_IDS, None
         task_id = (context.known_prefix or context.prefix) + next(context.children).to_bytes(5, "big")
-        context.spawned = True
+        if not scope:
+            scope = context.scope
+            context.spawned = True
         deadline = context.deadline
         if context.in_trio:
             deadline = _trio_deadline(self.link, deadline)
         core = self.core
         spec = TaskSpec(
-            task_id, template.template_id, payload, inputs, borrowed, scope or context.scope, core.process, actor,
+            task_id, template.template_id, payload, inputs, borrowed, scope, core.process, actor,
             deadline, packed is not None, actor_name,
         )  # fmt: skip
         if template.num_returns == 1:
@@ -208,10 +210,13 @@ class Session:
         self.core.send(CancelTasks([ids.task_of(bytes(ref))], force, recursive))
         self.link.flush()
 
-    def cancel_scope(self, scope: bytes) -> None:
-        """Cancel all that belongs to a scope."""
-        self.core.send(CancelScope(scope))
-        self.link.flush()
+    def end_scope(self, scope: bytes, *, done: bool) -> None:
+        """Cancel all that belongs to a scope; ``done``: what was started in it has ended, and raised nothing."""
+        self.core.send(CancelScope(scope, done))
+        if done:
+            self.link.flush_soon()
+        else:
+            self.link.flush()
 
     def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None:
         """End an actor now."""

@@ -89,6 +89,8 @@ class TaskResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     outputs: tuple[Output, ...]
     started_at: float = 0.0
     duration_s: float = 0.0
+    spawned: bool = False
+    """It started tasks outside of nurseries, which may still run in its scope."""
 
 
 class Function(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -171,9 +173,13 @@ class CancelTasks(Message, frozen=True):
 
 
 class CancelScope(Message, frozen=True):
-    """Cancel everything in this scope and the scopes within, on every node."""
+    """Cancel everything in this scope and the scopes within, on every node.
+
+    ``done``: all that its opener started in it has ended well, so that only what these spawned may be left.
+    """
 
     scope: bytes
+    done: bool = False
 
 
 class KillActor(Message, frozen=True):

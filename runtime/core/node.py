@@ -151,7 +151,7 @@ class NodeMachine:
             ReturnTasks: self._return_tasks,
             Blocked: self._blocked,
             CancelTasks: self._cancel_tasks,
-            CancelScope: lambda source, m: self.cancellation.scopes([m.scope], self._effects, publish=True),
+            CancelScope: self._cancel_scope,
             KillActor: self._kill_actor,
             ActorHandles: self._actor_handles,
             Query: self._query,
@@ -483,6 +483,12 @@ class NodeMachine:
         self.cancellation.tasks(
             message.task_ids, self._effects, force=message.force, recursive=message.recursive, publish=self._others > 0
         )
+
+    def _cancel_scope(self, source: Address, message: CancelScope) -> None:
+        if message.done:
+            self.cancellation.done(message.scope, self._effects)
+        else:
+            self.cancellation.scopes([message.scope], self._effects, publish=True)
 
     def _cancelled(self, source: Address, message: PublishCancel) -> None:
         self.cancellation.scopes(message.scopes, self._effects, publish=False)

@@ -99,6 +99,8 @@ class Tasks:
         """Done after their lineage was logged, and what they were to make was forgotten before: that goes, too."""
         self.cancelled: dict[bytes, None] = {}
         """Scopes that were cancelled: what arrives for them later is refused."""
+        self.strays: set[bytes] = set()
+        """Nurseries' scopes in which tasks may run that their openers do not know: children of the openers' tasks."""
         self.assignments = 0
         """How many tasks placement ever sent here."""
         self._forward: list[TaskEntry] = []
@@ -132,9 +134,10 @@ class Tasks:
         objects, solo, actors = table.entries, table.solo(source), self.actors.local
         kept: dict[bytes, int] = {}
         """By template: how many more tasks of this batch stay here. Tasks with inputs are asked about one by one."""
-        last = called = b""
+        last = called = scope = b""
         left = -1
-        simple = False
+        cancelled = self.cancelled
+        simple = refused = False
         ready: list[TaskEntry] = []
         """Of the template ``last``, and calls of the actor ``called`` if it is one: they need nothing, and are told to
         the scheduler together."""
@@ -144,7 +147,7 @@ class Tasks:
         log = self.unlogged.append
         for spec in message.specs:
             task_id = spec.task_id
-            if spec.template != last or spec.actor != called:
+            if spec.template != last or spec.actor != called or (cancelled and spec.scope != scope):
                 if ready:
                     self._scheduler.accept(ready, worker, now)
                     ready = []
@@ -159,7 +162,9 @@ class Tasks:
                 template = templates[last]
                 retries = template.template.max_retries
                 needs = template.template.function_id
-                simple = template.simple and not self.cancelled and (not needs or needs in self._functions)
+                scope = spec.scope
+                refused = bool(cancelled) and self._is_cancelled(spec)
+                simple = template.simple and not refused and (not needs or needs in self._functions)
             first = task_id + FIRST
             if task_id in entries:
                 self._submitted_again(source, entries[task_id])
@@ -201,7 +206,7 @@ class Tasks:
                 ready = []
             worker = None  # this one may have to wait, and calls behind it do not overtake it
             task.phase = WAITING
-            if self.cancelled and self._is_cancelled(spec):
+            if refused:
                 self.fail(task, "TaskCancelledError", f"{template.template.name} was submitted in a cancelled scope")
             elif template.template.kind == CALL:
                 if self.actors.route(task):
@@ -225,8 +230,14 @@ class Tasks:
         if ready:
             self._scheduler.accept(ready, worker, now)
 
+    def strays_in(self, scope: bytes) -> None:
+        """A task in this scope spawned others, or may have."""
+        if len(scope) > ids.SCOPE_BYTES:  # a job's own is cancelled at its end whatever ran in it
+            self.strays.add(scope)
+
     def _submitted_again(self, source: Address, task: TaskEntry) -> None:
         """A parent that runs again submits a child that is still under way: its process now waits for the results."""
+        self.strays_in(task.spec.scope)
         template = task.template.template
         if task.origin and not task.retries:  # the node that owned it may be dead, but it is wanted after all
             task.retries = template.max_retries
@@ -243,6 +254,7 @@ class Tasks:
                 return False
             if entry.state == UNSEALED:
                 return False
+        self.strays_in(spec.scope)
         for index in range(count):
             entry = self._table.entries[ids.return_id(spec.task_id, index)]
             self._table.hold(entry, source)
@@ -324,6 +336,8 @@ class Tasks:
 
     def again(self, task: TaskEntry) -> None:
         """Run a task once more that was given to a worker."""
+        if not task.origin:
+            self.strays_in(task.spec.scope)
         if task.using:
             self._unuse_inputs(task)
         task.worker = None
@@ -407,6 +421,8 @@ class Tasks:
                     count += 1
                     duration_s += result.duration_s
             spec = task.spec
+            if result.spawned and not task.origin:
+                self.strays_in(spec.scope)
             made = task.result
             if made is not None and result.status is OK and not (spec.inputs or spec.borrowed or task.origin):
                 output = result.outputs[0]
@@ -552,7 +568,10 @@ class Tasks:
                     error=result.status != OK, contained=output.contained,
                 )  # fmt: skip
             outputs.append(output)
-        told = TaskResult(result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s)
+        again = task.retries < task.template.template.max_retries
+        told = TaskResult(
+            result.task_id, result.status, tuple(outputs), result.started_at, result.duration_s, result.spawned or again
+        )
         self.finished.setdefault(task.origin, []).append(told)
 
     def finished_elsewhere(self, source: Address, results: list[TaskResult]) -> list[bytes]:
@@ -569,6 +588,8 @@ class Tasks:
                 continue
             task.phase = DONE
             del self.entries[result.task_id]
+            if result.spawned:
+                self.strays_in(task.spec.scope)
             if task.logged:
                 self._logged_ends(task)
             failed = result.status != OK

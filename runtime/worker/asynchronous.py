@@ -171,14 +171,16 @@ class AsyncCalls:
             status, made = failure(template, error, executor.place)
         except BaseException:
             if scope.cancel_called:
-                self._ended(spec)
+                self._ended(spec, task)
                 ended = time.monotonic()
                 connection.done(TaskResult(spec.task_id, Status.CANCELLED, (), started, ended - started))
             raise
-        self._ended(spec)
-        return TaskResult(spec.task_id, status, made, started, time.monotonic() - started)
+        self._ended(spec, task)
+        spawned = task.spawned or task.nurseries > 0
+        return TaskResult(spec.task_id, status, made, started, time.monotonic() - started, spawned)
 
-    def _ended(self, spec: TaskSpec) -> None:
+    def _ended(self, spec: TaskSpec, task: context.TaskContext) -> None:
+        task.ended = True
         del self._scopes[spec.task_id]
         if self._connection.worker.interrupted:
             self._executor.forget_interrupt(spec.task_id)

@@ -83,9 +83,10 @@ class Executor:
             status, made = failure(template, error, self.place)
         ended = time.monotonic()
         context.running.reset(token)
+        task.ended = True
         if connection.worker.interrupted:
             self.forget_interrupt(spec.task_id)
-        return TaskResult(spec.task_id, status, made, started, ended - started)
+        return TaskResult(spec.task_id, status, made, started, ended - started, task.spawned or task.nurseries > 0)
 
     def forget_interrupt(self, task_id: bytes) -> None:
         """The task has ended, whether or not the node wanted it to."""

@@ -22,6 +22,7 @@ from trio_ray.runtime.core.messages import (
     PutObjects,
     References,
     Status,
+    SubmitTasks,
     TaskResult,
     Unpin,
     WaitObjects,
@@ -53,6 +54,8 @@ class AnyProgram(RuleBasedStateMachine):
         self.expected: dict[bytes, None] = {}
         self.actors: dict[bytes, None] = {}
         self.scopes = [self.driver.scope]
+        self.inside: dict[bytes, list[bytes]] = {}
+        """The first results of the driver's tasks, by scope."""
         self.known: set[bytes] = set()
 
     def behave(self, worker: Worker, spec: TaskSpec) -> TaskResult | None:
@@ -73,6 +76,17 @@ class AnyProgram(RuleBasedStateMachine):
             harness.carry_out(node, effects)
             if told:
                 return TaskResult(spec.task_id, Status.OK, (Output(b"", told[0].offset, 9000),), 1.0, 0.001)
+        if spec.args == b"stuck":
+            return None
+        if spec.args == b"spawn" and len(spec.scope) > ids.SCOPE_BYTES:
+            child = msgspec.structs.replace(
+                spec, task_id=ids.child_task_id(ids.children_prefix(spec.task_id), 0), submitter=worker.process,
+                template=TASKS[0].template_id, inputs=(), borrowed=(), args=b"stuck",
+            )  # fmt: skip
+            harness.deliver(node, Received(worker.process, SubmitTasks([child], [TASKS[0]])))
+            dropped = References([], [ids.return_id(child.task_id, 0)])
+            harness.deliver(node, Received(worker.process, dropped))
+            return msgspec.structs.replace(ok(spec, *[b"\x00N."] * count), spawned=True)
         return ok(spec, *[b"\x00N."] * count, contained=spec.borrowed if spec.args == b"pass on" else ())
 
     def submit(self, spec: TaskSpec, of: object, count: int) -> None:
@@ -86,14 +100,16 @@ class AnyProgram(RuleBasedStateMachine):
     @rule(
         which=st.integers(0, len(TASKS) - 1), inputs=st.lists(st.integers(0, 50), max_size=3),
         borrowed=st.lists(st.integers(0, 50), max_size=2),
-        args=st.sampled_from([b"", b"", b"fail", b"large", b"pass on"]), scope=st.integers(0, 5),
+        args=st.sampled_from([b"", b"", b"fail", b"large", b"pass on", b"spawn"]), scope=st.integers(0, 5),
     )  # fmt: skip
     def task(self, which: int, inputs: list[int], borrowed: list[int], args: bytes, scope: int) -> None:
         held = list(self.held)
         of = TASKS[which]
         pick = {held[i % len(held)]: None for i in inputs} if held else {}
         lend = {held[i % len(held)]: None for i in borrowed} if held else {}
-        spec = self.driver.spec(of, *pick, borrowed=tuple(lend), args=args, scope=self.scopes[scope % len(self.scopes)])
+        within = self.scopes[scope % len(self.scopes)]
+        spec = self.driver.spec(of, *pick, borrowed=tuple(lend), args=args, scope=within)
+        self.inside.setdefault(within, []).append(ids.return_id(spec.task_id, 0))
         self.submit(spec, of, of.num_returns)
 
     @rule(far=st.booleans())
@@ -151,7 +167,23 @@ class AnyProgram(RuleBasedStateMachine):
     @rule()
     def cancel_scope(self) -> None:
         if len(self.scopes) > 1:
-            self.driver.send(CancelScope(self.scopes.pop()))
+            scope, values = self.scopes.pop(), self.driver.values
+            done = all(ref in values and not values[ref].error for ref in self.inside.get(scope, []))
+            self.driver.send(CancelScope(scope, done))
+
+    @rule(
+        which=st.lists(st.integers(0, len(TASKS) - 1), min_size=1, max_size=3),
+        crash=st.none() | st.integers(0, 50), args=st.sampled_from([b"", b"fail", b"spawn"]),
+    )  # fmt: skip
+    def scope_from_beginning_to_end(self, which: list[int], args: bytes, crash: int | None) -> None:
+        self.open_scope()
+        for of in which:
+            self.task(of, [], [], args, len(self.scopes) - 1)
+        self.some_steps(1)
+        if crash is not None:
+            self.crash(crash)
+        self.harness.advance(1.0)
+        self.cancel_scope()
 
     @rule(which=st.integers(0, 50), force=st.booleans())
     def cancel_task(self, which: int, force: bool) -> None:
@@ -199,6 +231,8 @@ class AnyProgram(RuleBasedStateMachine):
             return
         harness, driver = self.harness, self.driver
         harness.hold = False
+        while len(self.scopes) > 1:  # what is stuck in them gives up its CPU
+            self.cancel_scope()
         for process in list(harness.workers):
             harness.deliver(node_of(process), Received(process, Blocked(False)))
         for _ in range(6):

@@ -3,6 +3,7 @@
 The same coroutines, the same functions, the same assertions; only ``world`` differs.
 """
 
+import contextvars
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -478,6 +479,64 @@ def test_nurseries_within_tasks(world: World) -> None:
     async def program(cluster: trio_ray.Cluster) -> None:
         assert await plain.remote() == 12
         assert await coroutine.remote() == 12
+
+    world(program)
+
+
+def test_what_tasks_left_running_ends_with_their_nursery(world: World) -> None:
+    @trio_ray.remote(num_cpus=0, resources=SEAT)
+    def leaves_one(nested: bool) -> list[trio_ray.ObjectRef]:
+        if nested:
+            with trio_ray.task_scope() as scope:
+                scope.start_soon(add, 1, 1)
+        return [sleep_long.remote()]
+
+    @trio_ray.remote
+    class Leaves:
+        def call(self) -> list[trio_ray.ObjectRef]:
+            return [sleep_long.remote()]
+
+    async def program(cluster: trio_ray.Cluster) -> None:
+        actor = Leaves.remote()
+        async with cluster.open_nursery() as nursery:
+            refs = [nursery.start_soon(leaves_one, number % 2 == 0) for number in range(NODES)]
+            refs.append(nursery.start_soon(actor.call))
+        for ref in refs:
+            [left] = await ref
+            with pytest.raises(exceptions.TaskCancelledError):
+                await left
+
+    world(program)
+
+
+@trio_ray.remote
+class Background:
+    """Starts something that goes on after the call."""
+
+    def __init__(self) -> None:
+        self.asked, self.done = trio.Event(), trio.Event()
+        self.sum = 0
+
+    async def begin(self) -> None:
+        trio.lowlevel.spawn_system_task(self._add_when_asked, context=contextvars.copy_context())
+
+    async def _add_when_asked(self) -> None:
+        await self.asked.wait()
+        self.sum = await add.remote(1, 2)
+        self.done.set()
+
+    async def result(self) -> int:
+        self.asked.set()
+        await self.done.wait()
+        return self.sum
+
+
+def test_what_an_actor_does_after_a_call_is_its_own(world: World) -> None:
+    async def program(cluster: trio_ray.Cluster) -> None:
+        actor = Background.remote()
+        async with cluster.open_nursery() as nursery:
+            nursery.start_soon(actor.begin)
+        assert await actor.result.remote() == 3
 
     world(program)
 

@@ -26,6 +26,11 @@ class Cancellation:
         self._grace_s = grace_s
         self._interrupted: dict[Address, list[bytes]] = {}
 
+    def done(self, scope: bytes, effects: list[AnyEffect]) -> None:
+        """All that was started in the scope itself has ended well: cancel what that may have left running."""
+        if scope in self._tasks.strays:
+            self.scopes([scope], effects, publish=True)
+
     def scopes(self, scopes: list[bytes], effects: list[AnyEffect], *, publish: bool) -> None:
         """End everything in these scopes, here and (with ``publish``) everywhere."""
         tasks = self._tasks
@@ -36,6 +41,7 @@ class Cancellation:
             del tasks.cancelled[next(iter(tasks.cancelled))]
         if not fresh:
             return
+        tasks.strays = {stray for stray in tasks.strays if not any(ids.in_scope(stray, scope) for scope in fresh)}
         inside = [
             task for task in tasks.entries.values() if any(ids.in_scope(task.spec.scope, scope) for scope in fresh)
         ]

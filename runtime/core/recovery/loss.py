@@ -143,6 +143,7 @@ class Losses:
             self._tasks.fail(task, kind, f"{template.name} was running on node {task.node} when that node died")
         else:
             task.retries -= 1
+            self._tasks.strays_in(task.spec.scope)
             self._tasks.forward(task)
 
     def unreachable_objects(self) -> None:
