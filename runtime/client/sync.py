@@ -25,7 +25,6 @@ from trio_ray.runtime.api.errors import ObjectStoreFullError, RaySystemError
 from trio_ray.runtime.api.link import Payload
 from trio_ray.runtime.api.serialize import Packed
 from trio_ray.runtime.client.memory import SharedMemory
-from trio_ray.runtime.client.spinning import SPIN_S, Spinning
 from trio_ray.runtime.client.streams import Streams
 from trio_ray.runtime.core.client import ClientCore
 from trio_ray.runtime.core.messages import Answer, AnyMessage, CreateFailed, ObjectCreated, Value, Where
@@ -34,6 +33,7 @@ from trio_ray.runtime.core.waiter import Waiter
 from trio_ray.runtime.transport.blocking import BlockingLink
 from trio_ray.runtime.transport.frames import CHUNK_BYTES, ProtocolError
 from trio_ray.runtime.transport.handshake import Hello
+from trio_ray.runtime.transport.spinning import SPIN_S, Spinning
 
 BATCH = 128
 """Submissions that make a frame worth sending at once."""

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager, closing
 import trio
 
 from trio_ray.runtime.api.errors import RaySystemError
-from trio_ray.runtime.client.spinning import Spinning
 from trio_ray.runtime.client.sync import SyncConnection
 from trio_ray.runtime.transport.eager import EagerReads
+from trio_ray.runtime.transport.spinning import Spinning
 
 SPIN_S = 0.0005
 """How long a driver stays awake for an answer. Its program's other I/O waits meanwhile, so less than elsewhere."""

@@ -44,7 +44,7 @@ from trio_ray.runtime.core.machine import (
     WindowFilled,
     WorkerFailed,
 )
-from trio_ray.runtime.core.messages import Address, AnyMessage, FromProcess, NodeInfo, NodesChanged
+from trio_ray.runtime.core.messages import Address, AnyMessage, FromProcess, NodeInfo, NodesChanged, RunTasks, TasksDone
 from trio_ray.runtime.node.arena import SharedArena
 from trio_ray.runtime.node.recording import Recording
 from trio_ray.runtime.node.workers import WorkerPool
@@ -60,7 +60,10 @@ from trio_ray.runtime.transport.links import (
     open_link,
     receive_hello,
 )
+from trio_ray.runtime.transport.spinning import Spinning
 
+SPIN_S = 0.0002
+"""How long to look for what a driver says to an answer; it takes some 30 µs for its next call."""
 STEP_BYTES = 20_000
 """A frame of so many bytes is a step by itself: what takes long anyway gains nothing from waiting for more."""
 
@@ -107,6 +110,11 @@ class Host:
         self._pool: WorkerPool
         self._nursery: trio.Nursery
         self._eager: EagerReads
+        self._spinning = Spinning()
+        self._at_work: set[Address] = set()
+        """Workers that were given tasks and have reported none since."""
+        self._answered = False
+        """Something was sent to a driver since the loop last slept."""
         self._inbox: deque[tuple[Address, list[AnyEvent]]] = deque()
         self._running = False
         self._stopping = False
@@ -144,7 +152,7 @@ class Host:
     ) -> None:  # fmt: skip
         """Serve until ``stop``; every link, worker and timer ends with it."""
         self._pool = WorkerPool(template, self._worker_ended)
-        with closing(EagerReads(self._flush)) as self._eager:
+        with closing(EagerReads(self._flush, self._rest)) as self._eager:
             await self._serve(listeners, websockets, ready)
 
     async def _serve(
@@ -217,6 +225,8 @@ class Host:
             if type(effect) is Send:
                 to = effect.to
                 if to in self._links:
+                    if type(effect.message) is RunTasks:
+                        self._at_work.add(to)
                     batch = self._to_process.get(to)
                     if batch is None:
                         self._to_process[to] = [effect.message]
@@ -258,6 +268,8 @@ class Host:
                 if link is not None:
                     self._send(link, messages)
                     woke = woke or link.blocked
+                    if process not in self._workers:
+                        self._answered = True
         if self._to_node:
             envelopes, self._to_node = self._to_node, {}
             for node, batch in envelopes.items():
@@ -272,6 +284,14 @@ class Host:
                     self._nursery.start_soon(self._dial_peer, node)
                     woke = True
         return woke
+
+    def _rest(self, seconds: float) -> None:
+        """The loop is about to sleep. A driver that was answered, while no worker has anything to do, is likely to call
+        again at once: with a core that is awake for it, that call takes no wake-up."""
+        if self._answered:
+            self._answered = False
+            if not self._at_work and self._spinning.worth_it(1):
+                self._spinning.learn(arrived=self._eager.look(min(seconds, SPIN_S)))
 
     def _send(self, link: Link, batch: list[Any]) -> None:
         body = self._encode(batch)
@@ -430,6 +450,8 @@ class Host:
                     continue
                 for message in decode(frame):
                     events.append(Received(process, message))
+                    if type(message) is TasksDone:
+                        self._at_work.discard(process)
                 if len(frame) >= STEP_BYTES:
                     self.deliver(node, events)
                     events = []
@@ -446,6 +468,7 @@ class Host:
             if reason:
                 print(f"trio-ray: the link of {process} is closed: {reason}", file=sys.stderr)
             del self._links[process]
+            self._at_work.discard(process)
             if hello.role == "worker":
                 self._worker_link_closed(process, hello.number)
             else:

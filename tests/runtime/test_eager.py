@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from trio_ray.runtime.client.spinning import MAX_SKIPPED, Spinning
 from trio_ray.runtime.transport.eager import EagerReads
 from trio_ray.runtime.transport.frames import ProtocolError, control_frame
 from trio_ray.runtime.transport.links import Frame, LinkClosed, SocketLink
+from trio_ray.runtime.transport.spinning import MAX_SKIPPED, Spinning
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The host alone, with machines that only note what they see: it delivers, in order and once, and decides nothing."""
 
+import os
 import socket
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
+import pytest
 import trio
 import trio.testing
 
@@ -31,9 +33,20 @@ from trio_ray.runtime.core.machine import (
     WindowFilled,
     WorkerFailed,
 )
-from trio_ray.runtime.core.messages import Blocked, HoldsCounted, NodeInfo, NodesChanged, Query
+from trio_ray.runtime.core.messages import (
+    Answer,
+    AnyMessage,
+    Blocked,
+    HoldsCounted,
+    NodeInfo,
+    NodesChanged,
+    Query,
+    RunTasks,
+    TasksDone,
+)
 from trio_ray.runtime.node.arena import SharedArena
 from trio_ray.runtime.node.host import Host
+from trio_ray.runtime.transport.eager import EagerReads
 from trio_ray.runtime.transport.frames import control_frame
 from trio_ray.runtime.transport.handshake import Hello, Welcome
 from trio_ray.runtime.transport.links import Link, SocketLink, open_link
@@ -243,6 +256,39 @@ async def test_processes_come_speak_and_go() -> None:
                 ProcessConnected(process, "driver", 77, 0, False), Received(process, Query(1, "x")),
                 Received(process, Blocked(True)), ProcessLost(process),
             ]  # fmt: skip
+
+
+async def test_a_node_looks_for_the_next_call_after_an_answer_while_its_workers_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(EagerReads, "look", lambda eager, seconds: looked.append(seconds) or True)
+    a = Node("a")
+    with trio.fail_after(10):
+        async with a.run(), trio.open_nursery() as nursery:
+            driver, _ = await enter(a, nursery, Hello("driver", shares_memory=False))
+            worker, _ = await enter(a, nursery, Hello("worker", 2**22 + 1, 5))
+            answer, work = Send("n:a/1", Answer(1, b"")), Send("n:a/2", RunTasks([], [], [], []))
+
+            async def happens(link: Link, message: AnyMessage, *effects: AnyEffect) -> int:
+                """How often the node looked, up to when it has done this about a message."""
+                a.machine.react = lambda event: list(effects)
+                seen = len(a.machine.seen)
+                link.send(msgspec.msgpack.encode([message]))
+                await a.machine.until(lambda events: len(events) > seen)
+                await trio.testing.wait_all_tasks_blocked(0.005)  # not 0, or Trio's loop never means to sleep
+                return len(looked)
+
+            assert await happens(driver, Query(1, "x")) == 0
+            assert await happens(driver, Query(1, "x"), answer) == 1
+            assert await happens(driver, Query(1, "x"), work, answer) == 1
+            assert await happens(driver, Query(1, "x"), answer) == 1
+            assert await happens(worker, TasksDone([])) == 1
+            assert await happens(driver, Query(1, "x"), answer) == 2
+            assert await happens(driver, Query(1, "x"), work) == 2
+            worker.close()
+            driver.close()
 
 
 async def test_the_end_of_a_worker_is_told_after_its_last_words() -> None:

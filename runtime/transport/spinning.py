@@ -1,4 +1,4 @@
-"""Looking for an answer for a moment before sleeping until it comes.
+"""Looking for an answer, or a node for the next call, for a moment before sleeping until it comes.
 
 One small task at a time takes about 200 µs, of which a quarter is being put to sleep and woken. Worse, a caller that
 sleeps leaves its core idle, so that the kernel spreads the processes on the path over the cores and every hop wakes
