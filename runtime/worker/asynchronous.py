@@ -22,6 +22,7 @@ from trio_ray.runtime.core.spec import TaskSpec
 from trio_ray.runtime.core.worker import Inputs
 from trio_ray.runtime.worker.execute import CREATION, OK, Executor
 
+ENDED = object()
 TURN_S = 0.001
 """How long calls may follow each other in one Trio task before others get their turn."""
 
@@ -39,8 +40,8 @@ class AsyncCalls:
         """A runner was told that there is something to begin, and has not looked yet."""
         self._scopes: dict[bytes, trio.CancelScope] = {}
         self._slow: dict[bytes, bool] = {}
-        """By template: whether results are sent before it is called, for it may hold up Trio: a plain method that did
-        so the last time, or was never called."""
+        """By template: whether results are sent before it is called, for it may hold up Trio before it first waits: it
+        did so the last time, or was never called."""
         self._nursery: trio.Nursery
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
@@ -122,6 +123,7 @@ class AsyncCalls:
             if result.started_at + result.duration_s > turn_ends:  # calls that never wait are not to stop the others
                 connection.done(result)
                 result = None
+                connection.flush()  # one of them may hold up Trio
                 await trio.lowlevel.checkpoint()
                 turn_ends = time.monotonic() + TURN_S
         if result is not None:
@@ -151,17 +153,13 @@ class AsyncCalls:
                 self._interrupt()
             value: Any = executor.target(template)
             args, kwargs = arguments(connection, spec, inputs)
-            slow = self._slow.get(spec.template)
-            if slow is None:
-                slow = not inspect.iscoroutinefunction(value)
-            if slow and connection.pending:
+            if self._slow.get(spec.template, True) and connection.pending:
                 connection.flush()
-            value = value(*args, **kwargs)
-            if inspect.iscoroutine(value):
-                self._slow[spec.template] = False
-                value = await _run_coroutine(value, waits)
-            else:
-                self._slow[spec.template] = time.monotonic() - started > TURN_S
+            value, trap = _begin(value(*args, **kwargs))
+            self._slow[spec.template] = time.monotonic() - started > TURN_S
+            if trap is not ENDED:
+                waits()
+                value = await _go_on(value, trap)
             if template.kind is CREATION:
                 executor.instance, value = value, None
             del args, kwargs
@@ -199,12 +197,20 @@ async def _until_cancelled(body: Callable[[trio.CancelScope], Awaitable[None]]) 
             raise cancelled from None
 
 
-@types.coroutine
-def _run_coroutine(coroutine: Coroutine[Any, Any, Any], waits: Callable[[], None]) -> Generator[Any, Any, Any]:
-    """``await coroutine``, calling ``waits`` the first time that it does wait."""
+def _begin(value: Any) -> tuple[Any, Any]:
+    """Step a coroutine up to its first wait: itself, and what it waits for. If it never does, its value and ENDED."""
+    if not inspect.iscoroutine(value):
+        return value, ENDED
     try:
-        trap = coroutine.send(None)
-        waits()
+        return value, value.send(None)
+    except StopIteration as ended:
+        return ended.value, ENDED
+
+
+@types.coroutine
+def _go_on(coroutine: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any, Any]:
+    """``await coroutine``, which has begun and waits."""
+    try:
         while True:
             try:
                 sent = yield trap

@@ -554,22 +554,27 @@ def test_a_cancelled_call_whose_cleaning_up_fails_leaves_its_actor_alive() -> No
     assert ray.get(pool.depth.remote()) == 3
 
 
-def test_a_method_that_holds_up_an_async_actor_does_not_hold_back_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["block", "block_in_coroutine"])
+def test_a_method_that_holds_up_an_async_actor_does_not_hold_back_results(tmp_path: Path, how: str) -> None:
     @ray.remote
     class Mixed:
         async def quick(self) -> int:
             return 1
 
         def block(self, until: Path) -> bool:
+            time.sleep(0.002)  # so that it is known to block, also where it need not
             while not until.exists():
                 time.sleep(0.001)
             return True
+
+        async def block_in_coroutine(self, until: Path) -> bool:
+            return self.block(until)
 
     mixed = Mixed.options(max_concurrency=4).remote()
     assert ray.get(mixed.quick.remote()) == 1
     for number in range(2):  # the first time nobody knows how long it takes
         until = tmp_path / f"until {number}"
-        quick, blocked = [mixed.quick.remote() for _ in range(20)], mixed.block.remote(until)
+        quick, blocked = [mixed.quick.remote() for _ in range(20)], getattr(mixed, how).remote(until)
         assert ray.get(quick, timeout=60) == [1] * 20
         until.touch()
         assert ray.get(blocked)
