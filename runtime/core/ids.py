@@ -33,6 +33,11 @@ def child_task_id(prefix: bytes, count: int) -> bytes:
     return prefix + count.to_bytes(5, "big")
 
 
+def siblings_prefix(task_id: bytes) -> bytes:
+    """What the ids of a task's siblings, and its own, begin with: the ``children_prefix`` of its parent."""
+    return task_id[:_PREFIX_BYTES]
+
+
 def return_id(task_id: bytes, index: int) -> bytes:
     """The id of return value number ``index`` (from 0) of a task."""
     return task_id + index.to_bytes(4, "big")

@@ -286,6 +286,7 @@ class NodeMachine:
         if process in self.scheduler.workers:
             self.losses.worker_lost(process, event.reason)
         else:
+            self.tasks.submitters.discard(process)
             self.cancellation.scopes([ids.job_scope(process)], self._effects, publish=self._others > 0)
         self.transfers.peer_lost(process, self._now, self._effects)
         self.table.process_lost(process)

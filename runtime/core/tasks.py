@@ -99,8 +99,11 @@ class Tasks:
         """Done after their lineage was logged, and what they were to make was forgotten before: that goes, too."""
         self.cancelled: dict[bytes, None] = {}
         """Scopes that were cancelled: what arrives for them later is refused."""
-        self.strays: set[bytes] = set()
-        """Nurseries' scopes in which tasks may run that their openers do not know: children of the openers' tasks."""
+        self.strays: dict[bytes, set[bytes]] = {}
+        """Nurseries' scopes in which tasks may run that their openers do not know, children of the openers' tasks; with
+        what the ids of these begin with."""
+        self.submitters: set[Address] = set()
+        """Processes that submitted tasks."""
         self.assignments = 0
         """How many tasks placement ever sent here."""
         self._forward: list[TaskEntry] = []
@@ -128,6 +131,7 @@ class Tasks:
 
     def submit(self, source: Address, message: SubmitTasks) -> None:
         """A process of this node submits tasks."""
+        self.submitters.add(source)
         if message.templates or message.functions:
             self.learn(message.templates, message.functions)
         table, entries, templates, now = self._table, self.entries, self.templates, self.now
@@ -230,14 +234,14 @@ class Tasks:
         if ready:
             self._scheduler.accept(ready, worker, now)
 
-    def strays_in(self, scope: bytes) -> None:
-        """A task in this scope spawned others, or may have."""
-        if len(scope) > ids.SCOPE_BYTES:  # a job's own is cancelled at its end whatever ran in it
-            self.strays.add(scope)
+    def may_have_spawned(self, spec: TaskSpec) -> None:
+        """This task, which is done or runs again, may have left others running in its scope."""
+        if len(spec.scope) > ids.SCOPE_BYTES:  # a job's own is cancelled at its end whatever ran in it
+            self.strays.setdefault(spec.scope, set()).add(ids.siblings_prefix(spec.task_id))
 
     def _submitted_again(self, source: Address, task: TaskEntry) -> None:
         """A parent that runs again submits a child that is still under way: its process now waits for the results."""
-        self.strays_in(task.spec.scope)
+        self.may_have_spawned(task.spec)
         template = task.template.template
         if task.origin and not task.retries:  # the node that owned it may be dead, but it is wanted after all
             task.retries = template.max_retries
@@ -254,7 +258,7 @@ class Tasks:
                 return False
             if entry.state == UNSEALED:
                 return False
-        self.strays_in(spec.scope)
+        self.may_have_spawned(spec)
         for index in range(count):
             entry = self._table.entries[ids.return_id(spec.task_id, index)]
             self._table.hold(entry, source)
@@ -337,7 +341,7 @@ class Tasks:
     def again(self, task: TaskEntry) -> None:
         """Run a task once more that was given to a worker."""
         if not task.origin:
-            self.strays_in(task.spec.scope)
+            self.may_have_spawned(task.spec)
         if task.using:
             self._unuse_inputs(task)
         task.worker = None
@@ -422,7 +426,7 @@ class Tasks:
                     duration_s += result.duration_s
             spec = task.spec
             if result.spawned and not task.origin:
-                self.strays_in(spec.scope)
+                self.may_have_spawned(spec)
             made = task.result
             if made is not None and result.status is OK and not (spec.inputs or spec.borrowed or task.origin):
                 output = result.outputs[0]
@@ -589,7 +593,7 @@ class Tasks:
             task.phase = DONE
             del self.entries[result.task_id]
             if result.spawned:
-                self.strays_in(task.spec.scope)
+                self.may_have_spawned(task.spec)
             if task.logged:
                 self._logged_ends(task)
             failed = result.status != OK

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tests.core.harness import Harness, Worker, ok, sent, template
+from tests.core.harness import Harness, Worker, kind_of, ok, sent, template
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (
@@ -75,6 +75,41 @@ def test_what_the_tasks_of_a_scope_left_running_ends_with_it(far: bool) -> None:
     assert not stuck[0].queue
     for address in ("n:0", "n:1"):
         assert not harness.machines[address].tasks.entries and not harness.machines[address].tasks.strays
+
+
+def test_a_nursery_ends_with_the_process_that_opened_it() -> None:
+    harness = Harness(nodes=2, cpus=1, extra={0: {"GPU": 1}})
+    driver = harness.driver()
+    parent = driver.spec(GPU, args=b"open")
+    inner = ids.child_scope(driver.scope, parent.task_id, 0)
+    prefix = ids.children_prefix(parent.task_id)
+    opener: list[Worker] = []
+
+    def behave(worker: Worker, spec: TaskSpec) -> TaskResult | None:
+        if spec.args == b"open" and not opener:
+            opener.append(worker)
+            children = [
+                driver.spec(NOOP, args=b"spawn", scope=inner), driver.spec(NOOP, args=b"stuck", scope=inner),
+                driver.spec(NOOP, args=b"stuck"),
+            ]  # fmt: skip
+            own = [
+                msgspec.structs.replace(child, task_id=ids.child_task_id(prefix, number), submitter=worker.process)
+                for number, child in enumerate(children)
+            ]
+            message = SubmitTasks(own, [NOOP], [Function(NOOP.function_id, NOOP.name, b"f")])
+            harness.deliver(node_of(worker.process), Received(worker.process, message))
+        return None if spec.args in (b"open", b"stuck") else ok(spec)
+
+    harness.behave = behave
+    sibling = ids.child_scope(driver.scope, driver.task_id, 7)
+    ref = driver.submit(parent, driver.spec(NOOP, args=b"stuck", scope=sibling), templates=[GPU, NOOP])[0]
+    harness.advance(1.0)
+    harness.kill(opener[0].process, "killed by SIGKILL")
+    harness.advance(1.0)
+    assert kind_of(driver.values[ref].payload) == "WorkerCrashedError"
+    left = [task.spec.scope for number in (0, 1) for task in harness.machines[f"n:{number}"].tasks.entries.values()]
+    assert inner not in left
+    assert {driver.scope, sibling} == set(left)
 
 
 @pytest.mark.parametrize("far", [False, True])

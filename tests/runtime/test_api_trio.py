@@ -1,5 +1,7 @@
 """The Trio API on a real cluster of three nodes."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -177,6 +179,28 @@ async def test_a_deadline_that_the_cluster_notices_first_is_a_deadline_all_the_s
             else:
                 await cluster.gather([sleep_long.remote() for _ in range(2)])
     assert scope.cancelled_caught
+
+
+async def test_a_nursery_ends_with_the_worker_in_which_it_is_open(cluster: Cluster, tmp_path: Path) -> None:
+    @trio_ray.remote(num_cpus=0)
+    async def beat(mark: Path) -> None:
+        while True:
+            await trio.Path(mark).write_text(str(time.monotonic()))
+            await trio.sleep(0.01)
+
+    @trio_ray.remote(num_cpus=0, max_retries=0)
+    async def opens(mark: Path) -> None:
+        async with trio_ray.open_nursery() as nursery:
+            nursery.start_soon(beat, mark)
+            while not await trio.Path(mark).exists():
+                await trio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    mark = tmp_path / "beat"
+    with pytest.raises(exceptions.WorkerCrashedError):
+        await opens.remote(mark)
+    now = time.monotonic
+    await eventually(lambda: now() - float(mark.read_text() or now()) > 0.5)
 
 
 async def test_another_cluster_is_refused_meanwhile(cluster: Cluster) -> None:

@@ -9,7 +9,7 @@ from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send, SetTimer, StopWorker
 from trio_ray.runtime.core.messages import Address, Interrupt, PublishCancel, control_address
 from trio_ray.runtime.core.scheduling.local import LocalScheduler, Phase, TaskEntry
-from trio_ray.runtime.core.spec import Kind
+from trio_ray.runtime.core.spec import Kind, TaskSpec
 from trio_ray.runtime.core.tasks import Tasks
 
 GRACE = "grace:"
@@ -41,13 +41,33 @@ class Cancellation:
             del tasks.cancelled[next(iter(tasks.cancelled))]
         if not fresh:
             return
-        tasks.strays = {stray for stray in tasks.strays if not any(ids.in_scope(stray, scope) for scope in fresh)}
+        for stray in [stray for stray in tasks.strays if any(ids.in_scope(stray, scope) for scope in fresh)]:
+            del tasks.strays[stray]
         inside = [
             task for task in tasks.entries.values() if any(ids.in_scope(task.spec.scope, scope) for scope in fresh)
         ]
         self._cancel(inside, "its scope was cancelled", effects, force=False)
         if publish:
             effects.append(Send(control_address(0), PublishCancel(fresh, [])))
+
+    def left_by(self, process: Address, over: list[TaskSpec], effects: list[AnyEffect]) -> None:
+        """A process of this node is gone, and these of its tasks are over: end what runs in nurseries that they had
+        open, and what the process started in no task's name."""
+        opened = {ids.children_prefix(spec.task_id): spec.scope for spec in over}
+        own = ids.job_scope(process)
+
+        def open_by_it(siblings: bytes, scope: bytes) -> bool:
+            return scope.startswith(own) or opened.get(siblings, scope) != scope
+
+        left = {
+            task.spec.scope for task in self._tasks.entries.values()
+            if open_by_it(ids.siblings_prefix(task.spec.task_id), task.spec.scope)
+        }  # fmt: skip
+        for scope, prefixes in self._tasks.strays.items():
+            if any(open_by_it(siblings, scope) for siblings in prefixes):
+                left.add(scope)
+        if left:
+            self.scopes(sorted(left), effects, publish=True)
 
     def tasks(
         self, task_ids: list[bytes], effects: list[AnyEffect], *, force: bool, recursive: bool, publish: bool
@@ -61,7 +81,7 @@ class Cancellation:
             while grew:
                 grew = False
                 for task_id, task in entries.items():
-                    if task_id not in found and task_id[:-5] in prefixes:
+                    if task_id not in found and ids.siblings_prefix(task_id) in prefixes:
                         found[task_id] = task
                         prefixes.add(ids.children_prefix(task_id))
                         grew = True

@@ -39,19 +39,24 @@ class Losses:
         actor_id = worker.actor
         if actor_id is not None and actor_id in tasks.actors.local:
             self._actor_lost(actor_id, had, how)
-            return
-        for index, task in enumerate(had):
-            template = task.template.template
-            task.phase = Phase.WAITING
-            if task.spec.task_id in interrupted:
-                tasks.fail(task, "TaskCancelledError", f"{template.name} was cancelled")
-            elif index == 0 and not task.retries:
-                kind = "ActorDiedError" if template.kind == Kind.ACTOR_CREATION else "WorkerCrashedError"
-                tasks.fail(task, kind, f"{template.name} was running when {how}")
-            else:
-                if index == 0:
-                    task.retries -= 1
-                tasks.again(task)
+        else:
+            for index, task in enumerate(had):
+                template = task.template.template
+                task.phase = Phase.WAITING
+                if task.spec.task_id in interrupted:
+                    tasks.fail(task, "TaskCancelledError", f"{template.name} was cancelled")
+                elif index == 0 and not task.retries:
+                    kind = "ActorDiedError" if template.kind == Kind.ACTOR_CREATION else "WorkerCrashedError"
+                    tasks.fail(task, kind, f"{template.name} was running when {how}")
+                else:
+                    if index == 0:
+                        task.retries -= 1
+                    tasks.again(task)
+        if process in tasks.submitters:
+            tasks.submitters.remove(process)
+            # One that runs again opens the very same nurseries, and finds in them what it started the first time.
+            over = [task.spec for task in had if task.phase == Phase.DONE]
+            self._cancellation.left_by(process, over, tasks.effects)
 
     def _actor_lost(self, actor_id: bytes, had: list[TaskEntry], how: str) -> None:
         tasks = self._tasks
@@ -143,7 +148,7 @@ class Losses:
             self._tasks.fail(task, kind, f"{template.name} was running on node {task.node} when that node died")
         else:
             task.retries -= 1
-            self._tasks.strays_in(task.spec.scope)
+            self._tasks.may_have_spawned(task.spec)
             self._tasks.forward(task)
 
     def unreachable_objects(self) -> None:
