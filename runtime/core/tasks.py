@@ -98,7 +98,7 @@ class Tasks:
         self.ended: list[TaskEntry] = []
         """Done after their lineage was logged, and what they were to make was forgotten before: that goes, too."""
         self.cancelled: dict[bytes, None] = {}
-        """Scopes that were cancelled: what arrives for them later is refused."""
+        """Scopes that were cancelled, and tasks that were before they came: what arrives for them later is refused."""
         self.strays: dict[bytes, set[bytes]] = {}
         """Nurseries' scopes in which tasks may run that their openers do not know, children of the openers' tasks; with
         what the ids of these begin with."""
@@ -287,7 +287,7 @@ class Tasks:
                 spec, template, message.origin, self.now, template.template.max_retries, reason=reason
             )
             if self.cancelled and self._is_cancelled(spec):
-                self.fail(task, "TaskCancelledError", f"{template.template.name} arrived in a cancelled scope")
+                self.fail(task, "TaskCancelledError", f"{template.template.name} arrived after it was cancelled")
             elif template.template.kind != CALL or spec.actor in self.actors.local:
                 self.admit(task)
             else:
@@ -669,6 +669,8 @@ class Tasks:
             )
 
     def _is_cancelled(self, spec: TaskSpec) -> bool:
+        if spec.task_id in self.cancelled:
+            return True
         scope = spec.scope
         step = ids.SCOPE_BYTES
         return any(scope[:end] in self.cancelled for end in range(step, len(scope) + 1, step))

@@ -1,19 +1,23 @@
 """The node machine in a whole cluster of machines: events in, effects out, ``validate`` after each step."""
 
 import msgspec
+import pytest
 
 from tests.core.harness import Harness, Worker, big, kind_of, ok, sent, template
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.machine import Received
 from trio_ray.runtime.core.messages import (
+    PLACEMENT,
     ActorHandles,
     Answer,
+    AssignTasks,
     Blocked,
     CancelScope,
     CancelTasks,
     CreateObject,
     ObjectCreated,
     Output,
+    PlaceTasks,
     Query,
     References,
     ReturnTasks,
@@ -332,6 +336,30 @@ def test_cancelling_a_task_reaches_its_children() -> None:
     harness.run()
     assert harness.machines["n:0"].tasks.entries == {}
     assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
+
+
+@pytest.mark.parametrize("how", ["cancelled", "out of time"])
+def test_a_task_that_placement_has_when_it_is_cancelled_runs_nowhere(how: str) -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    ran = []
+    harness.behave = lambda worker, spec: ran.append(spec.task_id) or ok(spec)
+    gpu = template("gpu", resources={"GPU": 1})
+    deadline = harness.now + 1.0 if how == "out of time" else None
+    [ref] = driver.submit(driver.spec(gpu, deadline=deadline), templates=[gpu])
+    placement = harness.inbox[PLACEMENT]
+    while not any(isinstance(getattr(event, "message", None), PlaceTasks) for event in placement):
+        harness.step()
+    late = list(placement)
+    placement.clear()
+    if how == "cancelled":
+        driver.send(CancelTasks([ids.task_of(ref)]))
+    harness.advance(2.0)
+    assert kind_of(driver.values[ref].payload) == "TaskCancelledError"
+    placement.extend(late)
+    harness.advance(2.0)
+    assert sent(harness, AssignTasks) and not ran
+    assert not any(harness.machines[f"n:{number}"].tasks.entries for number in (0, 1))
 
 
 def test_a_task_that_does_not_end_when_cancelled_is_killed_and_counts_as_cancelled() -> None:

@@ -2,8 +2,11 @@
 
 A cancelled task that has not begun ends at once. One that a worker has is interrupted there (the worker drops it if it
 has not begun it); a worker that does not yield within the grace is killed and replaced. Cancelling reaches every node
-through the control store; a scope that was cancelled is remembered, so that a task still on its way is refused.
+through the control store. A scope that was cancelled is remembered, and so is a task that is not here: what is still
+on its way is refused.
 """
+
+from collections.abc import Iterable
 
 from trio_ray.runtime.core import ids
 from trio_ray.runtime.core.effects import AnyEffect, Send, SetTimer, StopWorker
@@ -14,7 +17,8 @@ from trio_ray.runtime.core.tasks import Tasks
 
 GRACE = "grace:"
 """Prefix of the timer keys of workers that were asked to interrupt a task."""
-REMEMBERED_SCOPES = 10_000
+REMEMBERED = 10_000
+"""How many scopes, and tasks that were not here, a node remembers as cancelled."""
 
 
 class Cancellation:
@@ -35,10 +39,7 @@ class Cancellation:
         """End everything in these scopes, here and (with ``publish``) everywhere."""
         tasks = self._tasks
         fresh = [scope for scope in scopes if scope not in tasks.cancelled]
-        for scope in fresh:
-            tasks.cancelled[scope] = None
-        while len(tasks.cancelled) > REMEMBERED_SCOPES:
-            del tasks.cancelled[next(iter(tasks.cancelled))]
+        self._remember(fresh)
         if not fresh:
             return
         for stray in [stray for stray in tasks.strays if any(ids.in_scope(stray, scope) for scope in fresh)]:
@@ -85,6 +86,7 @@ class Cancellation:
                         found[task_id] = task
                         prefixes.add(ids.children_prefix(task_id))
                         grew = True
+        self._remember(task_id for task_id in task_ids if task_id not in found)
         elsewhere = recursive or any(task_id not in found for task_id in task_ids)
         elsewhere = elsewhere or any(task.phase == Phase.FORWARDED for task in found.values())
         self._cancel(list(found.values()), "it was cancelled", effects, force=force)
@@ -99,6 +101,13 @@ class Cancellation:
             self._cancel(overdue, "its deadline passed", effects, force=False)
             if forwarded:
                 effects.append(Send(control_address(0), PublishCancel([], forwarded)))
+
+    def _remember(self, cancelled: Iterable[bytes]) -> None:
+        """What arrives later, and is in one of these scopes or one of these tasks, is refused."""
+        remembered = self._tasks.cancelled
+        remembered.update(dict.fromkeys(cancelled))
+        while len(remembered) > REMEMBERED:
+            del remembered[next(iter(remembered))]
 
     def _cancel(self, cancelled: list[TaskEntry], why: str, effects: list[AnyEffect], *, force: bool) -> None:
         interrupt: dict[Address, list[bytes]] = {}
@@ -117,7 +126,8 @@ class Cancellation:
                     task.retries = 0
                 interrupt.setdefault(task.worker.process, []).append(task.spec.task_id)
             elif task.phase != Phase.DONE and (task.phase != Phase.FORWARDED or not task.node):
-                # One that placement still has is refused wherever it arrives: nobody there wants its result.
+                if task.phase == Phase.FORWARDED:  # placement still has it; wherever it arrives, it is refused
+                    self._remember([task.spec.task_id])
                 self._tasks.fail(task, "TaskCancelledError", f"{task.template.template.name} was cancelled: {why}")
         for process, task_ids in interrupt.items():
             effects.append(Send(process, Interrupt(task_ids)))
