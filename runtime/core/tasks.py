@@ -605,6 +605,11 @@ class Tasks:
                     if stays:
                         unwanted.append(object_id)
                     continue
+                if stays and not (entry.holders or entry.pins or entry.uses or entry.exported):
+                    entry.waiters = None  # of processes that waited for it, and dropped it since
+                    table.discard_when_unused(entry)
+                    unwanted.append(object_id)
+                    continue
                 if stays:
                     table.export(entry)
                 if output.offset >= 0:

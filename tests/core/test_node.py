@@ -362,6 +362,20 @@ def test_a_task_that_placement_has_when_it_is_cancelled_runs_nowhere(how: str) -
     assert not any(harness.machines[f"n:{number}"].tasks.entries for number in (0, 1))
 
 
+def test_a_large_result_that_was_waited_for_and_dropped_before_it_came_is_on_no_node() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: big(harness, worker, spec, 9000)
+    gpu = template("gpu", resources={"GPU": 1})
+    [ref] = driver.submit(driver.spec(gpu), templates=[gpu])
+    driver.send(WaitObjects([ref]))
+    driver.send(References([], [ref]))
+    harness.advance(3.0)
+    for number in (0, 1):
+        table = harness.machines[f"n:{number}"].table
+        assert not table.entries and not table.arena.used
+
+
 def test_a_task_that_does_not_end_when_cancelled_is_killed_and_counts_as_cancelled() -> None:
     harness = Harness(cpus=1)
     driver = harness.driver()
