@@ -616,6 +616,9 @@ class Tasks:
                     table.exists_at(entry, output.size, (source,))
                     if entry.waiters:
                         self._transfers.fetch(entry, self.now, self.effects)
+                    elif not (entry.holders or entry.pins):  # it was lent, and is not any more
+                        table.discard_when_unused(entry)
+                        continue
                 else:
                     table.seal(
                         entry, INLINE, payload=output.payload, size=len(output.payload), error=failed,

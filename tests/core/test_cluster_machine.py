@@ -256,7 +256,7 @@ class AnyProgram(RuleBasedStateMachine):
 
 
 AnyProgram.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True,
+    max_examples=200, stateful_step_count=40, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 TestAnyProgram = AnyProgram.TestCase

@@ -376,6 +376,27 @@ def test_a_large_result_that_was_waited_for_and_dropped_before_it_came_is_on_no_
         assert not table.entries and not table.arena.used
 
 
+def test_a_large_result_that_was_lent_and_dropped_before_it_came_is_on_no_node() -> None:
+    harness = Harness(nodes=2, extra={1: {"GPU": 1}})
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: big(harness, worker, spec, 9000)
+    harness.hold = True
+    gpu = template("gpu", resources={"GPU": 1})
+    made = driver.spec(gpu)
+    [ref] = driver.submit(made, templates=[gpu])
+    borrower = driver.spec(gpu, borrowed=(ref,))
+    refs = [ref, *driver.submit(borrower, templates=[])]
+    harness.advance(0.5)
+    driver.send(CancelTasks([borrower.task_id]))
+    driver.send(References([], refs))
+    harness.advance(1.0)
+    harness.hold = False
+    harness.advance(3.0)
+    for number in (0, 1):
+        table = harness.machines[f"n:{number}"].table
+        assert not table.entries and not table.arena.used
+
+
 def test_a_task_that_does_not_end_when_cancelled_is_killed_and_counts_as_cancelled() -> None:
     harness = Harness(cpus=1)
     driver = harness.driver()
