@@ -193,11 +193,12 @@ class Actors:
         if not queue:
             del actor.waiting[submitter]
 
-    def failed_waiting(self, task: TaskEntry, now: float) -> None:
-        """A call that was waiting here is done without having run: those behind it go on."""
+    def failed_waiting(self, task: TaskEntry, now: float, effects: list[AnyEffect]) -> None:
+        """A call that was waiting here is done without having run: those behind it go on, or the actor ends."""
         actor = self.local.get(task.spec.actor)
         if actor is not None and task.spec.submitter in actor.waiting:
             self._drain(actor, task.spec.submitter, now)
+            self.end_if_idle(actor, effects)
 
     # -- ending ------------------------------------------------------------------------------------------------
 

@@ -667,7 +667,7 @@ class Tasks:
         result = TaskResult(task.spec.task_id, Status.ERROR, (Output(payload),) * template.num_returns)
         self._finish(task, result, "")
         if template.kind == CALL:
-            self.actors.failed_waiting(task, self.now)
+            self.actors.failed_waiting(task, self.now, self.effects)
         elif template.kind == CREATION:
             reason = f"{template.name} could not be created: {text_of(payload)}"
             self.actors.publish(task, ActorState.DEAD, reason)

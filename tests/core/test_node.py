@@ -376,6 +376,24 @@ def test_a_large_result_that_was_waited_for_and_dropped_before_it_came_is_on_no_
         assert not table.entries and not table.arena.used
 
 
+def test_an_input_for_which_there_is_no_room_leaves_nothing_behind() -> None:
+    harness = Harness(nodes=2, store_bytes=1 << 14, extra={0: {"disk": 1}, 1: {"GPU": 1}})
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: ok(spec) if spec.inputs else big(harness, worker, spec, 9000)
+    disk, gpu = template("disk", resources={"disk": 1}), template("gpu", resources={"GPU": 1})
+    [here] = driver.submit(driver.spec(disk), templates=[disk])
+    [there] = driver.submit(driver.spec(gpu), templates=[gpu])
+    harness.advance(1.0)
+    [ref] = driver.submit(driver.spec(gpu, here), templates=[])
+    harness.advance(20.0)
+    assert kind_of(driver.values[ref].payload) == "ObjectStoreFullError"
+    driver.send(References([], [here, there, ref]))
+    harness.advance(3.0)
+    for number in (0, 1):
+        table = harness.machines[f"n:{number}"].table
+        assert not table.entries and not table.arena.used
+
+
 def test_a_large_result_that_was_lent_and_dropped_before_it_came_is_on_no_node() -> None:
     harness = Harness(nodes=2, extra={1: {"GPU": 1}})
     driver = harness.driver()

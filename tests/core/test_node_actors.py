@@ -247,6 +247,25 @@ def test_a_creation_does_not_share_its_worker_with_tasks_before_it() -> None:
     assert not node.tasks.actors.local and node.scheduler.available == dict(node.info.resources)
 
 
+def test_an_actor_without_handles_ends_when_its_last_call_fails_before_it_ran() -> None:
+    harness = Harness()
+    driver = harness.driver()
+    harness.behave = lambda worker, spec: (
+        TaskResult(spec.task_id, Status.ERROR, (Output(b"\x02boom"),)) if spec.args == b"fail" else ok(spec)
+    )
+    harness.hold = True
+    [ref] = driver.submit(driver.spec(NOOP, args=b"fail"), templates=[NOOP])
+    creation = driver.spec(CREATE)
+    call = driver.spec(CALL, ref, actor=creation.task_id)
+    driver.submit(creation, call, templates=[CREATE, CALL])
+    driver.send(ActorHandles([], [creation.task_id]))
+    harness.advance(0.2)
+    harness.hold = False
+    harness.advance(1.0)
+    assert driver.values[ids.return_id(call.task_id, 0)].payload == b"\x02boom"
+    assert not harness.machines["n:0"].tasks.actors.local
+
+
 def test_calls_of_one_batch_that_fail_at_once_each_hold_the_handle() -> None:
     harness = Harness()
     driver, other = harness.driver(), harness.driver()

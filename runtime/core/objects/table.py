@@ -304,8 +304,12 @@ class ObjectTable:
     def unuse(self, entry: ObjectEntry) -> None:
         """The end of one use of the bytes."""
         entry.uses -= 1
-        if not entry.uses and (entry.doomed or (not entry.exported and not entry.holders and not entry.pins)):
+        if entry.uses:
+            return
+        if entry.doomed:
             self.discard_when_unused(entry)
+        elif not entry.holders and not entry.pins:
+            self._lost(entry)
 
     # -- ending ------------------------------------------------------------------------------------------------
 
