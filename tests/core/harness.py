@@ -54,7 +54,9 @@ from trio_ray.runtime.core.messages import (
     TakeBack,
     TaskResult,
     TasksDone,
+    Unpin,
     Value,
+    Where,
     control_address,
     node_of,
 )
@@ -221,17 +223,27 @@ class Harness:
                 back = [spec.task_id for spec in list(worker.queue)[1:] if spec.task_id in message.task_ids]
                 worker.queue = deque(spec for spec in worker.queue if spec.task_id not in back)
                 self.deliver(source, Received(to, ReturnTasks(back)))
+                self._unpin_if_idle(worker)
             elif isinstance(message, Interrupt) and to not in self.deaf:
                 hit = [spec for spec in worker.queue if spec.task_id in message.task_ids]
                 worker.queue = deque(spec for spec in worker.queue if spec.task_id not in message.task_ids)
                 results = [TaskResult(spec.task_id, Status.CANCELLED, ()) for spec in hit]
                 self.deliver(source, Received(to, TasksDone(results)))
+                self._unpin_if_idle(worker)
         elif to in self.drivers:
             self.drivers[to].inbox.append(message)
             for value in getattr(message, "values", ()):
                 self.drivers[to].values[value.object_id] = value
         elif "/" not in to or to.startswith("control/"):
             self.deliver(to, Received(source, message))
+
+    def _unpin_if_idle(self, worker: Worker) -> None:
+        """A worker that is to run nothing any more has no use for what it was to read."""
+        if not worker.queue:
+            shared = [value.object_id for value in worker.inputs.values() if value.where == Where.SHARED]
+            worker.inputs.clear()
+            if shared:
+                self.deliver(node_of(worker.process), Received(worker.process, Unpin(shared)))
 
     def lose_node(self, node: Address) -> None:
         """A whole node is gone; the others learn of it when their links to it break."""
